@@ -1,0 +1,89 @@
+// lmkern._C: the CPU kernels. Called only by the op implementations in python/lmkern/ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/tensor_caster.h"
+#include "core/parallel.h"
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+using lmkern::TensorView;
+
+namespace {
+
+// Runs a kernel without the GIL: views hold copies of shape and strides, and the caller's tensors stay
+// alive for the length of the call.
+template <class Args>
+void call(void (*op)(const Args&), const Args& args) {
+  py::gil_scoped_release released;
+  op(args);
+}
+
+lmkern::VecFunction vec_function(const std::string& name) {
+  using F = lmkern::VecFunction;
+  if (name == "exp") return F::kExp;
+  if (name == "exp_nonpositive") return F::kExpNonpositive;
+  if (name == "log") return F::kLog;
+  if (name == "tanh") return F::kTanh;
+  if (name == "sigmoid") return F::kSigmoid;
+  if (name == "erf") return F::kErf;
+  throw std::invalid_argument("vec_math: no function '" + name + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  py::register_exception_translator([](std::exception_ptr e) {
+    try {
+      if (e) std::rethrow_exception(e);
+    } catch (const lmkern::TypeError& error) {
+      py::set_error(PyExc_TypeError, error.what());
+    }
+  });
+
+  m.def("lstm_forward",
+        [](TensorView gates, TensorView w_hh, TensorView h0, TensorView c0, TensorView y, TensorView h_n,
+           TensorView c_n, TensorView cells, bool reverse) {
+          call(lmkern::lstm_forward, {gates, w_hh, h0, c0, y, h_n, c_n, cells, reverse});
+        });
+  m.def("lstm_backward",
+        [](TensorView d_y, TensorView d_h_n, TensorView d_c_n, TensorView w_hh, TensorView c0,
+           TensorView gates, TensorView cells, TensorView d_gates, TensorView d_h0, TensorView d_c0,
+           bool reverse) {
+          call(lmkern::lstm_backward,
+               {d_y, d_h_n, d_c_n, w_hh, c0, gates, cells, d_gates, d_h0, d_c0, reverse});
+        });
+
+  m.def("attention_forward",
+        [](TensorView q, TensorView k, TensorView v, TensorView mask, TensorView out, TensorView lse,
+           double scale, bool is_causal) {
+          call(lmkern::attention_forward, {q, k, v, mask, out, lse, scale, is_causal});
+        });
+  m.def("attention_backward",
+        [](TensorView d_out, TensorView q, TensorView k, TensorView v, TensorView mask, TensorView out,
+           TensorView lse, TensorView d_q, TensorView d_k, TensorView d_v, double scale, bool is_causal) {
+          call(lmkern::attention_backward,
+               {d_out, q, k, v, mask, out, lse, d_q, d_k, d_v, scale, is_causal});
+        });
+
+  m.def("embedding_forward", [](TensorView weight, TensorView indices, TensorView out) {
+    call(lmkern::embedding_forward, {weight, indices, out});
+  });
+  m.def("embedding_backward", [](TensorView d_out, TensorView indices, TensorView d_weight,
+                                 std::int64_t padding_idx, bool scale_grad_by_freq) {
+    call(lmkern::embedding_backward, {d_out, indices, d_weight, padding_idx, scale_grad_by_freq});
+  });
+
+  m.def("vec_math", [](const std::string& function, TensorView x, TensorView out) {
+    call(lmkern::vec_math, {vec_function(function), x, out});
+  });
+
+  m.def("isa", [] { return lmkern::cpu::kernels().isa; });
+  m.def("supported_isas", &lmkern::cpu::supported_isas);
+  m.def("set_isa", &lmkern::cpu::set_isa, py::arg("name"));
+  m.def("max_threads", &lmkern::max_threads);
+  m.def("peak_flops", [](int threads, std::int64_t iterations) {
+    py::gil_scoped_release released;
+    return lmkern::cpu::kernels().peak_flops(threads, iterations);
+  });
+}

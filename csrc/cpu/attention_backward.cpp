@@ -1,0 +1,283 @@
+// Attention backward (csrc/ops/attention.h).
+//
+// Parallel  one (batch, key head) is one work item: all five products from one recomputation of P.
+//           Where there are too few of those for the threads, d_q is computed by blocks of queries and
+//           d_k, d_v by blocks of keys, at 7 products in place of 5. Both orders add the same terms in
+//           the same sequence, so the bits are the same.
+// Traffic   per block of queries: q, out, d_out once, k, v and the running d_k, d_v once (from L2).
+// Limits    d_k and d_v accumulate in a thread's scratch of 2 S D elements.
+#include "core/dispatch.h"
+#include "cpu/attention_tile.h"
+#include "cpu/kernels.h"
+
+namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
+namespace {
+
+constexpr std::int64_t kKeyChunk = 4 * kKeyBlock;  // of keys, for one item of the split order
+
+template <class S>
+struct BackwardPass {
+  using T = Accumulate<S>;
+  using Math = VecMath<T>;
+  static constexpr int kVecs = 4, kLane = kLanes<T>;
+  static constexpr std::int64_t kQueries = kVecs * kLane;
+
+  const AttentionBackwardArgs& a;
+  const std::int64_t heads = a.q.shape[1], queries = a.q.shape[2], depth = a.q.shape[3];
+  const std::int64_t key_heads = a.k.shape[1], keys = a.k.shape[2], width = a.v.shape[3];
+  const std::int64_t group = heads / key_heads;
+  const std::int64_t depth_padded = (depth + kLane - 1) / kLane * kLane;
+  const std::int64_t width_padded = (width + kLane - 1) / kLane * kLane;
+
+  struct Buffers {  // of one thread
+    T *q, *d_out;            // [D][queries], [Dv][queries]; q scaled
+    T *q_rows, *d_out_rows;  // [queries][D padded], [queries][Dv padded]; q scaled
+    T *d_q;                  // [D][queries]
+    T *p, *d_s, *mask;       // [keys of a block][queries]
+    T *k, *v;                // converted blocks
+    T *d_k, *d_v;            // [keys][D padded], [keys][Dv padded]
+  };
+
+  Buffers buffers(std::int64_t key_rows) const {
+    const bool convert = sizeof(S) != sizeof(T);
+    const std::int64_t sizes[] = {depth * kQueries,
+                                  width * kQueries,
+                                  depth_padded * kQueries,
+                                  width_padded * kQueries,
+                                  depth * kQueries,
+                                  kKeyBlock * kQueries,
+                                  kKeyBlock * kQueries,
+                                  a.mask.defined() ? kKeyBlock * kQueries : 0,
+                                  convert ? kKeyBlock * depth_padded : 0,
+                                  convert ? kKeyBlock * width_padded : 0,
+                                  key_rows * depth_padded,
+                                  key_rows * width_padded};
+    std::int64_t total = 0;
+    for (std::int64_t size : sizes) total += size;
+    T* at = static_cast<T*>(thread_scratch(total * sizeof(T)));
+    Buffers buffers;
+    T** const members[] = {&buffers.q, &buffers.d_out, &buffers.q_rows, &buffers.d_out_rows,
+                           &buffers.d_q, &buffers.p, &buffers.d_s, &buffers.mask,
+                           &buffers.k, &buffers.v, &buffers.d_k, &buffers.d_v};
+    for (int i = 0; i < 12; ++i) {
+      *members[i] = at;
+      at += sizes[i];
+    }
+    return buffers;
+  }
+
+  // to[r][:] = scale * from[r][:], both padded to whole vectors with zeros.
+  static void copy_rows(HeadRows<const S> from, std::int64_t first, std::int64_t rows,
+                        std::int64_t columns, std::int64_t padded, T scale, T* to) {
+    for (std::int64_t r = 0; r < rows; ++r)
+      for (std::int64_t c = 0; c < padded; c += kLane)
+        store(to + r * padded + c,
+              load_n(from.row(first + r) + c, columns - c < kLane ? columns - c : kLane) * scale);
+  }
+
+  // sum[key][:] += sum over queries of weights[key][query] * rows[query][:]
+  template <int N>
+  static void add_products(const T* weights, std::int64_t n_keys, const T* rows, std::int64_t n_queries,
+                           std::int64_t padded, T* sum) {
+    for_row_tiles<kTileRows<N>>(n_keys, [&](std::int64_t j, auto tile) __attribute__((always_inline)) {
+      constexpr int M = decltype(tile)::value;
+      Vec<T> acc[M][N];
+      T* const to = sum + j * padded;
+      LMKERN_UNROLL
+      for (int m = 0; m < M; ++m) {
+        LMKERN_UNROLL
+        for (int n = 0; n < N; ++n) acc[m][n] = load(to + m * padded + n * kLane);
+      }
+      multiply_tile<M, N, T>(n_queries, weights + j * kQueries, kQueries, 1, rows, padded, acc);
+      LMKERN_UNROLL
+      for (int m = 0; m < M; ++m) {
+        LMKERN_UNROLL
+        for (int n = 0; n < N; ++n) store(to + m * padded + n * kLane, acc[m][n]);
+      }
+    });
+  }
+
+  static void add_all_products(const T* weights, std::int64_t n_keys, const T* rows,
+                               std::int64_t n_queries, std::int64_t padded, T* sum) {
+    std::int64_t c = 0;
+    for (; c + 4 * kLane <= padded; c += 4 * kLane)
+      add_products<4>(weights, n_keys, rows + c, n_queries, padded, sum + c);
+    for (; c + 2 * kLane <= padded; c += 2 * kLane)
+      add_products<2>(weights, n_keys, rows + c, n_queries, padded, sum + c);
+    for (; c < padded; c += kLane)
+      add_products<1>(weights, n_keys, rows + c, n_queries, padded, sum + c);
+  }
+
+  // One block of queries of head h against the keys [first_key, end_key).
+  void block(std::int64_t b, std::int64_t h, std::int64_t query, std::int64_t first_key,
+             std::int64_t end_key, bool want_q, bool want_kv, const Buffers& buffer) const {
+    const HeadRows<const S> q(a.q, b, h), k(a.k, b, h / group), v(a.v, b, h / group);
+    const HeadRows<const S> out(a.out, b, h), d_out(a.d_out, b, h);
+    const std::int64_t count = queries - query < kQueries ? queries - query : kQueries;
+    if (a.is_causal && query + count < end_key) end_key = query + count;
+    if (first_key >= end_key && !want_q) return;
+    const T scale = static_cast<T>(a.scale);
+
+    transpose_into(q.row(query), q.stride, count, kQueries, depth, buffer.q, kQueries);
+    for (std::int64_t i = 0; i < depth * kQueries; i += kLane)
+      store(buffer.q + i, load(buffer.q + i) * scale);
+    transpose_into(d_out.row(query), d_out.stride, count, kQueries, width, buffer.d_out, kQueries);
+    if (want_kv) {
+      copy_rows(q, query, count, depth, depth_padded, scale, buffer.q_rows);
+      copy_rows(d_out, query, count, width, width_padded, T(1), buffer.d_out_rows);
+    }
+    if (want_q)
+      for (std::int64_t i = 0; i < depth * kQueries; i += kLane) store(buffer.d_q + i, Vec<T>{});
+
+    // Lanes beyond the last query, and queries that see no key, get lse = +inf: their P is zero.
+    const T* const lse_row = a.lse.ptr<const T>() + (b * heads + h) * queries + query;
+    T lse_lanes[kQueries], delta_lanes[kQueries];
+    for (std::int64_t i = 0; i < kQueries; ++i) {
+      const bool sees = i < count && lse_row[i] != T(-__builtin_inf());
+      lse_lanes[i] = sees ? lse_row[i] : T(__builtin_inf());
+      delta_lanes[i] = 0;
+      if (i >= count) continue;
+      Vec<T> sum{};
+      for (std::int64_t d = 0; d < width; d += kLane) {
+        const std::int64_t n = width - d < kLane ? width - d : kLane;
+        sum += load_n(out.row(query + i) + d, n) * load_n(d_out.row(query + i) + d, n);
+      }
+      delta_lanes[i] = reduce_add<T>(sum);
+    }
+    Vec<T> lse[kVecs], delta[kVecs];
+    for (int n = 0; n < kVecs; ++n) {
+      lse[n] = load(lse_lanes + n * kLane);
+      delta[n] = load(delta_lanes + n * kLane);
+    }
+
+    for (std::int64_t key = first_key; key < end_key; key += kKeyBlock) {
+      const std::int64_t n_keys = end_key - key < kKeyBlock ? end_key - key : kKeyBlock;
+      if (a.mask.defined() &&
+          !load_mask(a.mask, b, h, query, count, kQueries, key, n_keys, buffer.mask))
+        continue;
+      const Operand<T> k_block = operand(k, key, n_keys, depth, buffer.k);
+      const Operand<T> v_block = operand(v, key, n_keys, width, buffer.v);
+      score_tile<kVecs>(k_block, depth, buffer.q, a.mask.defined() ? buffer.mask : nullptr,
+                        a.is_causal && key + n_keys - 1 > query, query, key, n_keys,
+                        [&](std::int64_t j, Vec<T>(&score)[kVecs]) __attribute__((always_inline)) {
+                          LMKERN_UNROLL
+                          for (int n = 0; n < kVecs; ++n)
+                            store(buffer.p + j * kQueries + n * kLane,
+                                  Math::exp_nonpositive(score[n] - lse[n]));
+                        });
+      score_tile<kVecs>(v_block, width, buffer.d_out, static_cast<const T*>(nullptr), false, query, key,
+                        n_keys,
+                        [&](std::int64_t j, Vec<T>(&d_p)[kVecs]) __attribute__((always_inline)) {
+                          LMKERN_UNROLL
+                          for (int n = 0; n < kVecs; ++n) {
+                            const std::int64_t at = j * kQueries + n * kLane;
+                            store(buffer.d_s + at, load(buffer.p + at) * (d_p[n] - delta[n]));
+                          }
+                        });
+      if (want_kv) {
+        add_all_products(buffer.p, n_keys, buffer.d_out_rows, count, width_padded,
+                         buffer.d_v + (key - first_key) * width_padded);
+        add_all_products(buffer.d_s, n_keys, buffer.q_rows, count, depth_padded,
+                         buffer.d_k + (key - first_key) * depth_padded);
+      }
+      if (want_q)
+        for_row_tiles<kTileRows<kVecs>>(
+            depth, [&](std::int64_t d, auto tile) __attribute__((always_inline)) {
+              constexpr int M = decltype(tile)::value;
+              Vec<T> acc[M][kVecs];
+              T* const to = buffer.d_q + d * kQueries;
+              LMKERN_UNROLL
+              for (int m = 0; m < M; ++m) {
+                LMKERN_UNROLL
+                for (int n = 0; n < kVecs; ++n) acc[m][n] = load(to + m * kQueries + n * kLane);
+              }
+              multiply_tile<M, kVecs, T>(n_keys, k_block.data + d, 1, k_block.stride, buffer.d_s,
+                                         kQueries, acc);
+              LMKERN_UNROLL
+              for (int m = 0; m < M; ++m) {
+                LMKERN_UNROLL
+                for (int n = 0; n < kVecs; ++n) store(to + m * kQueries + n * kLane, acc[m][n]);
+              }
+            });
+    }
+    if (want_q) {
+      for (std::int64_t i = 0; i < depth * kQueries; i += kLane)
+        store(buffer.d_q + i, load(buffer.d_q + i) * scale);
+      const HeadRows<S> d_q(a.d_q, b, h);
+      transpose_from(buffer.d_q, kQueries, count, depth, d_q.row(query), d_q.stride);
+    }
+  }
+
+  // d_k and d_v of the keys [first_key, end_key) of one key head, from all queries that see them; and,
+  // if want_q, the d_q of those queries, for which the keys must be all keys.
+  void key_rows(std::int64_t b, std::int64_t key_head, std::int64_t first_key, std::int64_t end_key,
+                bool want_q, const Buffers& buffer) const {
+    const std::int64_t rows = end_key - first_key;
+    for (std::int64_t i = 0; i < rows * depth_padded; i += kLane) store(buffer.d_k + i, Vec<T>{});
+    for (std::int64_t i = 0; i < rows * width_padded; i += kLane) store(buffer.d_v + i, Vec<T>{});
+    for (std::int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
+      for (std::int64_t query = 0; query < queries; query += kQueries)
+        block(b, h, query, first_key, end_key, want_q, true, buffer);
+    const HeadRows<S> d_k(a.d_k, b, key_head), d_v(a.d_v, b, key_head);
+    for (std::int64_t j = 0; j < rows; ++j) {
+      for (std::int64_t c = 0; c < depth; c += kLane)
+        store_n(d_k.row(first_key + j) + c, load(buffer.d_k + j * depth_padded + c),
+                depth - c < kLane ? depth - c : kLane);
+      for (std::int64_t c = 0; c < width; c += kLane)
+        store_n(d_v.row(first_key + j) + c, load(buffer.d_v + j * width_padded + c),
+                width - c < kLane ? width - c : kLane);
+    }
+  }
+
+  void run() const {
+    const std::int64_t items = a.q.shape[0] * key_heads;
+    int threads = max_threads();
+    if (10 * a.q.shape[0] * heads * queries * keys * depth < 1'000'000) threads = 1;
+    // Whole heads leave threads idle where there are few: worth 7 products for 5 from 40 % on.
+    const std::int64_t rounds = (items + threads - 1) / threads;
+    if (rounds * threads * 5 <= items * 7)
+      whole_heads(items, threads);
+    else
+      split(threads);
+  }
+
+  void whole_heads(std::int64_t items, int threads) const {
+    WorkQueue queue(items);
+    parallel(threads, [&](int, int) {
+      const Buffers buffer = buffers(keys);
+      for (std::int64_t item; queue.next(&item);)
+        key_rows(item / key_heads, item % key_heads, 0, keys, true, buffer);
+    });
+  }
+
+  void split(int threads) const {
+    const std::int64_t blocks = (queries + kQueries - 1) / kQueries;
+    const std::int64_t chunks = (keys + kKeyChunk - 1) / kKeyChunk;
+    const std::int64_t q_items = a.q.shape[0] * heads * blocks;
+    const std::int64_t kv_items = a.q.shape[0] * key_heads * chunks;
+    WorkQueue queue(q_items + kv_items);
+    parallel(threads, [&](int, int) {
+      const Buffers buffer = buffers(kKeyChunk);
+      for (std::int64_t item; queue.next(&item);) {
+        if (item < kv_items) {  // the longer ones first
+          const std::int64_t head = item / chunks, first = item % chunks * kKeyChunk;
+          key_rows(head / key_heads, head % key_heads, first,
+                   first + kKeyChunk < keys ? first + kKeyChunk : keys, false, buffer);
+        } else {
+          const std::int64_t head = (item - kv_items) / blocks, i = (item - kv_items) % blocks;
+          block(head / heads, head % heads, (blocks - 1 - i) * kQueries, 0, keys, true, false, buffer);
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+
+void attention_backward(const AttentionBackwardArgs& a) {
+  dispatch_float_types(a.q.dtype, [&](auto tag) {
+    BackwardPass<typename decltype(tag)::type>(a).run();
+  });
+}
+
+}  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

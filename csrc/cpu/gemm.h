@@ -1,0 +1,73 @@
+// The one matrix-product microkernel of the CPU backend, and the loops around it.
+//
+// A tile of M rows x N vectors is accumulated in registers:
+//
+//   acc[m][n] += sum_k a[m * a_m + k * a_k] * b[k * b_k + n * lanes]
+//
+// a is broadcast element by element, so it may have any strides and is never packed; b is read in
+// whole vectors, from a packed weight panel, a transposed tile or a padded row. Every product of a
+// recurrent step and of attention's forward and backward has this form (csrc/cpu/recurrent.cpp,
+// csrc/cpu/attention.cpp say which). The epilogue receives the tile while it is still in registers.
+//
+// Numerics: one FMA chain per element over k in ascending order. It depends neither on M and N nor on
+// how rows and columns were divided among threads, which is why results do not either.
+#pragma once
+#include "cpu/vec.h"
+
+namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
+
+// Rows of a tile that is N vectors wide: as many as the registers hold.
+template <int N>
+inline constexpr int kTileRows = kAccumulators / N < 8 ? kAccumulators / N : 8;
+
+template <int M, int N, class T>
+LMKERN_INLINE void multiply_tile(std::int64_t depth, const T* a, std::int64_t a_m, std::int64_t a_k,
+                                 const T* b, std::int64_t b_k, Vec<T> (&acc)[M][N]) {
+  for (std::int64_t k = 0; k < depth; ++k) {
+    Vec<T> b_row[N];
+    LMKERN_UNROLL
+    for (int n = 0; n < N; ++n) b_row[n] = load(b + n * kLanes<T>);
+    LMKERN_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const Vec<T> a_value = splat<T>(a[m * a_m]);
+      LMKERN_UNROLL
+      for (int n = 0; n < N; ++n) acc[m][n] = acc[m][n] + a_value * b_row[n];
+    }
+    a += a_k;
+    b += b_k;
+  }
+}
+
+// A tile height as a compile-time value that lambdas can receive.
+template <int M>
+struct Rows {
+  static constexpr int value = M;
+};
+
+namespace detail {
+
+template <int M, class F>
+LMKERN_INLINE void with_rows(std::int64_t row, std::int64_t rows, const F& f) {
+  if constexpr (M > 0) {
+    if (rows == M)
+      f(row, Rows<M>{});
+    else
+      with_rows<M - 1>(row, rows, f);
+  }
+}
+
+}  // namespace detail
+
+// Covers rows [0, rows) with tiles of at most Max rows, as equal as possible (20 rows are 5 + 5 + 5 + 5
+// rather than 6 + 6 + 6 + 2), and calls f(first_row, Rows<M>{}) for each.
+template <int Max, class F>
+LMKERN_INLINE void for_row_tiles(std::int64_t rows, const F& f) {
+  const std::int64_t tiles = (rows + Max - 1) / Max;
+  for (std::int64_t i = 0, row = 0; i < tiles; ++i) {
+    const std::int64_t end = rows * (i + 1) / tiles;
+    detail::with_rows<Max>(row, end - row, f);
+    row = end;
+  }
+}
+
+}  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

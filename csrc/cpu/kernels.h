@@ -1,0 +1,16 @@
+// The kernels that every instruction set's build defines in its own namespace.
+#pragma once
+#include "cpu/isa.h"
+
+namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
+
+void lstm_forward(const LstmForwardArgs& args);
+void lstm_backward(const LstmBackwardArgs& args);
+void attention_forward(const AttentionForwardArgs& args);
+void attention_backward(const AttentionBackwardArgs& args);
+void embedding_forward(const EmbeddingForwardArgs& args);
+void embedding_backward(const EmbeddingBackwardArgs& args);
+void vec_math(const VecMathArgs& args);
+double peak_flops(int threads, std::int64_t iterations);
+
+}  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

@@ -1,0 +1,22 @@
+// This instruction set's row of the kernel table.
+#include "cpu/kernels.h"
+
+#define LMKERN_STRING_(x) #x
+#define LMKERN_STRING(x) LMKERN_STRING_(x)
+
+namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
+
+extern const Kernels table;
+const Kernels table = {
+    .isa = LMKERN_STRING(LMKERN_ISA_NAMESPACE),
+    .lstm_forward = lstm_forward,
+    .lstm_backward = lstm_backward,
+    .attention_forward = attention_forward,
+    .attention_backward = attention_backward,
+    .embedding_forward = embedding_forward,
+    .embedding_backward = embedding_backward,
+    .vec_math = vec_math,
+    .peak_flops = peak_flops,
+};
+
+}  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

@@ -1,0 +1,221 @@
+// SIMD vectors of one instruction set, through GCC/Clang vector extensions: load, store, select,
+// transpose. Everything is in the namespace of the build (cmake/Isa.cmake) and always inlined.
+//
+//   using V = Vec<float>;            // LMKERN_VEC_BYTES wide; + - * / < ?: work lane by lane
+//   V x = load(p), y = V{} + 2.0f;
+//   store(q, x * y + x);             // one FMA (-ffp-contract=fast)
+//
+// Storage types are float, double and bfloat16; a vector holds their Accumulate type.
+#pragma once
+#include <cstdint>
+#include <utility>
+
+#include "core/dtype.h"
+
+#define LMKERN_UNROLL _Pragma("GCC unroll 32")
+
+namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
+
+inline constexpr int kVecBytes = LMKERN_VEC_BYTES;
+
+template <class T>
+struct VecTypes;
+template <>
+struct VecTypes<float> {
+  typedef float Value __attribute__((vector_size(kVecBytes)));
+  typedef std::int32_t Int __attribute__((vector_size(kVecBytes)));
+  using IntLane = std::int32_t;
+};
+template <>
+struct VecTypes<double> {
+  typedef double Value __attribute__((vector_size(kVecBytes)));
+  typedef std::int64_t Int __attribute__((vector_size(kVecBytes)));
+  using IntLane = std::int64_t;
+};
+
+template <class T>
+using Vec = typename VecTypes<T>::Value;
+template <class T>
+using IntVec = typename VecTypes<T>::Int;  // also the type of a comparison's result
+template <class T>
+inline constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(T));
+
+// The number of vectors an accumulator tile may hold without spilling, with room for its operands.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kAccumulators = 24;
+#else
+inline constexpr int kAccumulators = 12;
+#endif
+
+template <class T>
+LMKERN_INLINE Vec<T> splat(T value) {
+  return value - Vec<T>{};  // not a sum: 0 + -0.0 is +0.0
+}
+
+template <class T>
+LMKERN_INLINE IntVec<T> lane_index() {
+  IntVec<T> v{};
+  LMKERN_UNROLL
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
+  return v;
+}
+
+// ---- load and store ---------------------------------------------------------------------------
+
+LMKERN_INLINE Vec<float> load(const float* p) {
+  Vec<float> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+LMKERN_INLINE Vec<double> load(const double* p) {
+  Vec<double> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+LMKERN_INLINE void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
+LMKERN_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+
+typedef std::uint16_t HalfWords __attribute__((vector_size(kVecBytes / 2)));
+typedef std::uint32_t Words __attribute__((vector_size(kVecBytes)));
+
+LMKERN_INLINE Vec<float> load(const bfloat16* p) {
+  HalfWords half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return (Vec<float>)(__builtin_convertvector(half, Words) << 16);
+}
+// Rounds to nearest, ties to even; a NaN stays a NaN.
+LMKERN_INLINE void store(bfloat16* p, Vec<float> v) {
+  const Words bits = (Words)v;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words kept = v == v ? rounded : (bits >> 16) | 0x40u;
+  const HalfWords half = __builtin_convertvector(kept, HalfWords);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+
+// The first n lanes only (0 <= n <= lanes); lanes beyond are zero.
+template <class S>
+LMKERN_INLINE Vec<Accumulate<S>> load_n(const S* p, std::int64_t n) {
+  if (n == kLanes<Accumulate<S>>) return load(p);
+  S lanes[kLanes<Accumulate<S>>] = {};
+  for (std::int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class S>
+LMKERN_INLINE void store_n(S* p, Vec<Accumulate<S>> v, std::int64_t n) {
+  if (n == kLanes<Accumulate<S>>) return store(p, v);
+  S lanes[kLanes<Accumulate<S>>];
+  store(lanes, v);
+  for (std::int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+LMKERN_INLINE float to_accumulate(float x) { return x; }
+LMKERN_INLINE double to_accumulate(double x) { return x; }
+LMKERN_INLINE float to_accumulate(bfloat16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// ---- lane arithmetic --------------------------------------------------------------------------
+
+template <class V>
+LMKERN_INLINE V max(V a, V b) {  // b where a is NaN
+  return a > b ? a : b;
+}
+template <class V>
+LMKERN_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+LMKERN_INLINE T reduce_add(Vec<T> v) {  // a fixed tree, so the result does not depend on the build
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  LMKERN_UNROLL
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    LMKERN_UNROLL
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// ---- transpose --------------------------------------------------------------------------------
+
+// a[0], b[0], a[1], b[1], ... of the lower (High = 0) or upper (High = 1) half of the lanes.
+template <int High, class V, int... Lane>
+LMKERN_INLINE V interleave(V a, V b, std::integer_sequence<int, Lane...>) {
+  constexpr int n = sizeof...(Lane);
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, (Lane / 2 + High * n / 2 + Lane % 2 * n)...);
+#else
+  using Mask = decltype(a < b);
+  return __builtin_shuffle(a, b, Mask{(Lane / 2 + High * n / 2 + Lane % 2 * n)...});
+#endif
+}
+
+// Transposes a square of lanes x lanes in registers: log2(lanes) perfect shuffles of its rows.
+template <class T>
+LMKERN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  using Lanes = std::make_integer_sequence<int, n>;
+  LMKERN_UNROLL
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> next[n];
+    LMKERN_UNROLL
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = interleave<0>(rows[i], rows[i + n / 2], Lanes{});
+      next[2 * i + 1] = interleave<1>(rows[i], rows[i + n / 2], Lanes{});
+    }
+    LMKERN_UNROLL
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < cols, and zero for rows <= r <
+// padded_rows, a multiple of the lanes.
+template <class S>
+LMKERN_INLINE void transpose_into(const S* from, std::int64_t from_stride, std::int64_t rows,
+                                  std::int64_t padded_rows, std::int64_t cols, Accumulate<S>* to,
+                                  std::int64_t to_stride) {
+  using T = Accumulate<S>;
+  constexpr std::int64_t n = kLanes<T>;
+  for (std::int64_t r = 0; r < padded_rows; r += n) {
+    for (std::int64_t c = 0; c < cols; c += n) {
+      const std::int64_t width = cols - c < n ? cols - c : n;
+      Vec<T> square[n];
+      LMKERN_UNROLL
+      for (int i = 0; i < n; ++i)
+        square[i] = r + i < rows ? load_n(from + (r + i) * from_stride + c, width) : Vec<T>{};
+      transpose<T>(square);
+      LMKERN_UNROLL
+      for (int i = 0; i < n; ++i)
+        if (i < width) store(to + (c + i) * to_stride + r, square[i]);
+    }
+  }
+}
+
+// The way back: to[r * to_stride + c] = from[c * from_stride + r] for r < rows, c < cols. `from` has
+// whole vectors of rows.
+template <class S>
+LMKERN_INLINE void transpose_from(const Accumulate<S>* from, std::int64_t from_stride,
+                                  std::int64_t rows, std::int64_t cols, S* to,
+                                  std::int64_t to_stride) {
+  using T = Accumulate<S>;
+  constexpr std::int64_t n = kLanes<T>;
+  for (std::int64_t r = 0; r < rows; r += n) {
+    for (std::int64_t c = 0; c < cols; c += n) {
+      const std::int64_t width = cols - c < n ? cols - c : n;
+      Vec<T> square[n];
+      LMKERN_UNROLL
+      for (int i = 0; i < n; ++i)
+        square[i] = i < width ? load(from + (c + i) * from_stride + r) : Vec<T>{};
+      transpose<T>(square);
+      LMKERN_UNROLL
+      for (int i = 0; i < n; ++i)
+        if (r + i < rows) store_n(to + (r + i) * to_stride + c, square[i], width);
+    }
+  }
+}
+
+}  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

@@ -1,0 +1,26 @@
+"""Hand-written C++ kernels for language models, as drop-in PyTorch layers.
+
+``lmkern.nn``          layers with torch's names, arguments, parameters and initialisation
+``lmkern.functional``  the functions under them
+``lmkern.models``      whole language models; ``lmkern.train``, ``lmkern.data``, ``lmkern.generate``
+``lmkern.info()``      versions, instruction set, threads
+"""
+
+from __future__ import annotations
+
+# torch comes first: it brings the libgomp that our kernels share with it (csrc/core/parallel.h).
+import torch
+
+from lmkern._version import __version__
+
+if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
+    raise ImportError(
+        f"lmkern {__version__} needs torch >= 2.10 (for its DLPack C exchange API), "
+        f"found torch {torch.__version__}"
+    )
+
+from lmkern import functional, nn
+from lmkern._info import info
+from lmkern._warnings import LmkernWarning
+
+__all__ = ["LmkernWarning", "__version__", "functional", "info", "nn"]

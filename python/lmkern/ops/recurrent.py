@@ -1,0 +1,199 @@
+"""LSTM: one layer, one direction, a whole sequence. Math and layouts: csrc/ops/recurrent.h."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmkern import _C, reference
+from lmkern.ops.library import accumulate_dtype, define_op, reference_backward, without_autocast
+
+
+def _outputs(x: Tensor, w_hh: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    steps, batch, hidden = x.shape[0], x.shape[1], w_hh.shape[1]
+    y = x.new_empty(steps, batch, hidden)
+    h_n, c_n = x.new_empty(batch, hidden), x.new_empty(batch, hidden)
+    shape = (steps, batch, hidden) if save else (0,)
+    return y, h_n, c_n, x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+
+
+def _forward_cpu(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    steps, batch, _ = x.shape
+    # One product for all steps: the part of the work that the library does best.
+    with without_autocast():
+        bias = b_ih + b_hh if b_ih is not None and b_hh is not None else None
+        gates = F.linear(x.reshape(steps * batch, -1), w_ih, bias).view(steps, batch, -1)
+    y, h_n, c_n, cells = _outputs(x, w_hh, save)
+    _C.lstm_forward(
+        gates,
+        w_hh.contiguous(),
+        None if h0 is None else h0.contiguous(),
+        None if c0 is None else c0.contiguous(),
+        y,
+        h_n,
+        c_n,
+        cells if save else None,
+        reverse,
+    )
+    return y, h_n, c_n, gates if save else gates.new_empty(0), cells
+
+
+def _forward_fake(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    y, h_n, c_n, cells = _outputs(x, w_hh, save)
+    gates = x.new_empty((x.shape[0], x.shape[1], w_ih.shape[0]) if save else (0,))
+    return y, h_n, c_n, gates, cells
+
+
+def _backward_cpu(
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    reverse: bool,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    steps, batch, hidden = y.shape
+    d_gates = torch.empty_like(gates)
+    d_h0, d_c0 = y.new_empty(batch, hidden), y.new_empty(batch, hidden)
+    _C.lstm_backward(
+        *(None if t is None else t.contiguous() for t in (d_y, d_h_n, d_c_n)),
+        w_hh.contiguous(),
+        None if c0 is None else c0.contiguous(),
+        gates,
+        cells,
+        d_gates,
+        d_h0,
+        d_c0,
+        reverse,
+    )
+    none = y.new_empty(0)
+    d_x = d_w_ih = d_w_hh = d_b = none
+    flat = d_gates.view(steps * batch, -1)
+    with without_autocast():
+        if need_x:
+            d_x = (flat @ w_ih).view(x.shape)
+        if need_weights:
+            d_w_ih = flat.t() @ x.reshape(steps * batch, -1)
+            d_b = flat.sum(0, dtype=accumulate_dtype(flat.dtype)).to(flat.dtype)
+            # h_{t-1} is y shifted by one step, and h0 for the first.
+            first, rest = (steps - 1, slice(0, -1)) if reverse else (0, slice(1, None))
+            before = slice(1, None) if reverse else slice(0, -1)
+            d_w_hh = d_gates[rest].flatten(0, 1).t() @ y[before].flatten(0, 1)
+            if h0 is not None and steps > 0:
+                d_w_hh.addmm_(d_gates[first].t(), h0)
+    return d_x, d_h0, d_c0, d_w_ih, d_w_hh, d_b
+
+
+def _backward_fake(
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    reverse: bool,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    batch, hidden = y.shape[1:]
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        y.new_empty(batch, hidden),
+        y.new_empty(batch, hidden),
+        y.new_empty(w_ih.shape if need_weights else (0,)),
+        y.new_empty(w_hh.shape if need_weights else (0,)),
+        y.new_empty(w_ih.shape[0] if need_weights else 0),
+    )
+
+
+define_op(
+    "lstm_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? h0, "
+    "Tensor? c0, bool reverse, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, "
+    "Tensor cells)",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+)
+define_op(
+    "lstm_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor w_ih, Tensor w_hh, "
+    "Tensor? h0, Tensor? c0, Tensor y, Tensor gates, Tensor cells, bool reverse, bool need_x, "
+    "bool need_weights) -> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_w_ih, Tensor d_w_hh, "
+    "Tensor d_b)",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+
+
+class LSTMFunction(torch.autograd.Function):
+    """(x, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse) -> (y, h_n, c_n), with gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse):  # type: ignore[override]
+        y, h_n, c_n, gates, cells = torch.ops.lmkern.lstm_forward(
+            x, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, True
+        )
+        ctx.save_for_backward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, y, gates, cells)
+        ctx.reverse = reverse
+        ctx.set_materialize_grads(False)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, d_y, d_h_n, d_c_n):  # type: ignore[override]
+        x, w_ih, w_hh, b_ih, b_hh, h0, c0, y, gates, cells = ctx.saved_tensors
+        inputs = (x, w_ih, w_hh, b_ih, b_hh, h0, c0)
+        reverse = ctx.reverse
+        if torch.is_grad_enabled():
+            grads = reference_backward(
+                lambda *args: reference.lstm(*args, reverse=reverse), inputs, (d_y, d_h_n, d_c_n)
+            )
+            return (*grads, None)
+        need = ctx.needs_input_grad
+        d_x, d_h0, d_c0, d_w_ih, d_w_hh, d_b = torch.ops.lmkern.lstm_backward(
+            d_y, d_h_n, d_c_n, x, w_ih, w_hh, h0, c0, y, gates, cells, reverse,
+            need[0], any(need[1:5]),
+        )  # fmt: skip
+        return (
+            d_x if need[0] else None,
+            d_w_ih if need[1] else None,
+            d_w_hh if need[2] else None,
+            d_b if need[3] else None,
+            d_b.clone() if need[4] else None,  # b_ih and b_hh are two parameters: no shared gradient
+            d_h0 if need[5] else None,
+            d_c0 if need[6] else None,
+            None,
+        )
