@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/tensor_caster.h"
+#include "core/memory.h"
 #include "core/parallel.h"
 #include "cpu/isa.h"
 
@@ -11,8 +12,8 @@ using lmkern::TensorView;
 
 namespace {
 
-// Runs a kernel without the GIL: views hold copies of shape and strides, and the caller's tensors stay
-// alive for the length of the call.
+// Runs a kernel without the GIL: views hold copies of shape and strides, and the caller's tensors
+// stay alive for the length of the call.
 template <class Args>
 void call(void (*op)(const Args&), const Args& args) {
   py::gil_scoped_release released;
@@ -42,29 +43,27 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
 
   m.def("lstm_forward",
-        [](TensorView gates, TensorView w_hh, TensorView h0, TensorView c0, TensorView y, TensorView h_n,
-           TensorView c_n, TensorView cells, bool reverse) {
+        [](TensorView gates, TensorView w_hh, TensorView h0, TensorView c0, TensorView y,
+           TensorView h_n, TensorView c_n, TensorView cells, bool reverse) {
           call(lmkern::lstm_forward, {gates, w_hh, h0, c0, y, h_n, c_n, cells, reverse});
         });
   m.def("lstm_backward",
         [](TensorView d_y, TensorView d_h_n, TensorView d_c_n, TensorView w_hh, TensorView c0,
-           TensorView gates, TensorView cells, TensorView d_gates, TensorView d_h0, TensorView d_c0,
-           bool reverse) {
+           TensorView gates, TensorView cells, TensorView d_gates, TensorView d_c0, bool reverse) {
           call(lmkern::lstm_backward,
-               {d_y, d_h_n, d_c_n, w_hh, c0, gates, cells, d_gates, d_h0, d_c0, reverse});
+               {d_y, d_h_n, d_c_n, w_hh, c0, gates, cells, d_gates, d_c0, reverse});
         });
 
-  m.def("attention_forward",
-        [](TensorView q, TensorView k, TensorView v, TensorView mask, TensorView out, TensorView lse,
-           double scale, bool is_causal) {
-          call(lmkern::attention_forward, {q, k, v, mask, out, lse, scale, is_causal});
-        });
-  m.def("attention_backward",
-        [](TensorView d_out, TensorView q, TensorView k, TensorView v, TensorView mask, TensorView out,
-           TensorView lse, TensorView d_q, TensorView d_k, TensorView d_v, double scale, bool is_causal) {
-          call(lmkern::attention_backward,
-               {d_out, q, k, v, mask, out, lse, d_q, d_k, d_v, scale, is_causal});
-        });
+  m.def("attention_forward", [](TensorView q, TensorView k, TensorView v, TensorView mask,
+                                TensorView out, TensorView lse, double scale, bool is_causal) {
+    call(lmkern::attention_forward, {q, k, v, mask, out, lse, scale, is_causal});
+  });
+  m.def("attention_backward", [](TensorView d_out, TensorView q, TensorView k, TensorView v,
+                                 TensorView mask, TensorView out, TensorView lse, TensorView d_q,
+                                 TensorView d_k, TensorView d_v, double scale, bool is_causal) {
+    call(lmkern::attention_backward,
+         {d_out, q, k, v, mask, out, lse, d_q, d_k, d_v, scale, is_causal});
+  });
 
   m.def("embedding_forward", [](TensorView weight, TensorView indices, TensorView out) {
     call(lmkern::embedding_forward, {weight, indices, out});
@@ -77,6 +76,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("vec_math", [](const std::string& function, TensorView x, TensorView out) {
     call(lmkern::vec_math, {vec_function(function), x, out});
   });
+
+  m.def("prefer_huge_pages", [](TensorView fresh) { lmkern::prefer_huge_pages(fresh); });
 
   m.def("isa", [] { return lmkern::cpu::kernels().isa; });
   m.def("supported_isas", &lmkern::cpu::supported_isas);

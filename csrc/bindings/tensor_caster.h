@@ -1,6 +1,6 @@
-// torch.Tensor -> TensorView, through DLPack's C exchange API: no libtorch, so no ABI to mismatch, and
-// 0.1 us a tensor. Each tensor type (Tensor, Parameter) carries a table of C functions in a capsule,
-// `type.__dlpack_c_exchange_api__` (torch >= 2.10).
+// torch.Tensor -> TensorView, through DLPack's C exchange API: no libtorch, so no ABI to mismatch,
+// and 0.1 us a tensor. Each tensor type (Tensor, Parameter) carries a table of C functions in a
+// capsule, `type.__dlpack_c_exchange_api__` (torch >= 2.10).
 //
 // The declarations below are the part of DLPack 1.x that is read here.
 // Source: github.com/dmlc/dlpack, include/dlpack/dlpack.h, version 1.3.
@@ -39,7 +39,8 @@ struct ExchangeApi {  // DLPackExchangeAPI
   void* managed_tensor_allocator;
   void* managed_tensor_from_py_object;
   void* managed_tensor_to_py_object;
-  int (*tensor_from_py_object)(void* object, Tensor* out);  // borrowed, valid until the GIL is released
+  int (*tensor_from_py_object)(void* object,
+                               Tensor* out);  // borrowed, valid until the GIL is released
   void* current_work_stream;
 };
 
@@ -74,12 +75,14 @@ inline const ExchangeApi* exchange_api(PyTypeObject* type) {
     PyErr_Clear();
     return nullptr;
   }
-  const auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  const auto* api =
+      static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   Py_DECREF(capsule);
   if (api == nullptr) throw pybind11::error_already_set();
   while (api != nullptr && api->version.major != kMajor) api = api->previous;
   if (api == nullptr) throw std::runtime_error("lmkern: torch offers no DLPack 1.x exchange API");
-  // A type is remembered only if it lives as long as the process: a static one, or torch's Parameter.
+  // A type is remembered only if it lives as long as the process: a static one, or torch's
+  // Parameter.
   cache[1] = cache[0];
   cache[0] = {type, api};
   Py_INCREF(type);

@@ -1,7 +1,7 @@
-// The LSTM cell: gate math and its gradient for one unit (or one vector of units), shared by host and
-// device. See csrc/ops/recurrent.h for the formulas. `Math` supplies sigmoid and tanh for the value
-// type V; it is a type of its own in each instruction-set build, which also keeps the instantiations
-// of different builds apart.
+// The LSTM cell: gate math and its gradient for one unit (or one vector of units), shared by host
+// and device. See csrc/ops/recurrent.h for the formulas. `Math` supplies sigmoid and tanh for the
+// value type V; it is a type of its own in each instruction-set build, which also keeps the
+// instantiations of different builds apart.
 #pragma once
 #include "core/dtype.h"
 

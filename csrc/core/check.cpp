@@ -29,7 +29,9 @@ const char* dtype_name(DType dtype) {
   return "another dtype";
 }
 
-std::string shape_string(const TensorView& view) { return join(view.shape, view.shape + view.ndim); }
+std::string shape_string(const TensorView& view) {
+  return join(view.shape, view.shape + view.ndim);
+}
 
 void Check::fail(const std::string& message) const {
   throw std::invalid_argument(std::string(op_) + ": " + message);
@@ -57,8 +59,8 @@ void Check::shape(const char* name, const TensorView& view,
   int i = 0;
   for (std::int64_t extent : expected) same = same && view.shape[i++] == extent;
   if (!same)
-    fail(std::string(name) + " must be " + symbolic + " = " + join(expected.begin(), expected.end()) +
-         ", got " + shape_string(view));
+    fail(std::string(name) + " must be " + symbolic + " = " +
+         join(expected.begin(), expected.end()) + ", got " + shape_string(view));
 }
 
 void Check::dtype(const char* name, const TensorView& view, DType expected) const {

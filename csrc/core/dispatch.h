@@ -9,8 +9,8 @@ struct TypeTag {
   using type = T;
 };
 
-// Calls f(TypeTag<S>{}) with the storage type S of `dtype`. The checks of csrc/ops have admitted only
-// these three, so there is no default to fall into.
+// Calls f(TypeTag<S>{}) with the storage type S of `dtype`. The checks of csrc/ops have admitted
+// only these three, so there is no default to fall into.
 template <class F>
 LMKERN_INLINE void dispatch_float_types(DType dtype, F&& f) {
   switch (dtype) {

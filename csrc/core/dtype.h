@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-// Functions in headers that per-ISA files include must never exist out of line: the linker keeps one
-// copy of an inline function for the whole module, and that copy may be the AVX-512 one.
+// Functions in headers that per-ISA files include must never exist out of line: the linker keeps
+// one copy of an inline function for the whole module, and that copy may be the AVX-512 one.
 #define LMKERN_INLINE inline __attribute__((always_inline))
 
 #if defined(__CUDACC__)
@@ -14,7 +14,16 @@
 
 namespace lmkern {
 
-enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt32, kInt64, kBool, kOther };
+enum class DType : std::uint8_t {
+  kFloat32,
+  kFloat64,
+  kBFloat16,
+  kFloat16,
+  kInt32,
+  kInt64,
+  kBool,
+  kOther
+};
 
 // Storage only; arithmetic happens in float.
 struct bfloat16 {

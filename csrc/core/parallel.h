@@ -1,13 +1,13 @@
 // Threads: all there is of them.
 //
 // OpenMP, with torch's own libgomp: torch is imported first and its copy has the soname the linker
-// looks for, so one process has one pool and torch.set_num_threads (omp_set_num_threads inside) rules
-// us too. One parallel region per call; where steps depend on each other, threads meet at a Barrier.
+// looks for, so one process has one pool and torch.set_num_threads (omp_set_num_threads inside)
+// rules us too. One parallel region per call; where steps depend on each other, threads meet at a
+// Barrier.
 #pragma once
 #include <omp.h>
 
 #include <atomic>
-#include <cstddef>
 #include <cstdint>
 
 #include "core/dtype.h"
@@ -17,11 +17,6 @@ namespace lmkern {
 // How many threads a call may use: torch's setting; 1 inside a parallel region, and 1 in a forked
 // child, whose copy of the pool has no threads behind it and would wait for them for ever.
 int max_threads();
-
-// A buffer of the calling thread that only grows: fresh memory costs a page fault every 4 KiB, and
-// kernels want the same few hundred kilobytes at each call. 64-byte aligned, uninitialised; valid
-// until the thread's next call.
-void* thread_scratch(std::size_t bytes);
 
 // Runs f(thread, threads) once on each of at most `threads` threads.
 template <class F>
@@ -59,8 +54,9 @@ class WorkQueue {
   const std::int64_t n_;
 };
 
-// Meets once per time step: spins, because a step lasts microseconds and a futex wake-up costs more,
-// but yields after a while, because on an oversubscribed machine the other thread may need this core.
+// Meets once per time step: spins, because a step lasts microseconds and a futex wake-up costs
+// more, but yields after a while, because on an oversubscribed machine the other thread may need
+// this core.
 class Barrier {
  public:
   LMKERN_INLINE void wait(int threads) {

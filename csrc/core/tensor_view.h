@@ -1,8 +1,8 @@
 // A borrowed tensor: what a kernel needs to know of a torch.Tensor, and nothing that owns memory.
 //
-// The bindings fill it through DLPack's C exchange API (csrc/bindings/tensor_caster.h) and the shape
-// and strides are copied, so a view stays valid without the GIL for as long as the caller keeps the
-// tensor alive, which op implementations do by holding their arguments.
+// The bindings fill it through DLPack's C exchange API (csrc/bindings/tensor_caster.h) and the
+// shape and strides are copied, so a view stays valid without the GIL for as long as the caller
+// keeps the tensor alive, which op implementations do by holding their arguments.
 #pragma once
 #include <cstdint>
 

@@ -1,10 +1,13 @@
 // Attention forward (csrc/ops/attention.h).
 //
-// Parallel  a work item is a block of queries of one head; items are handed out dynamically, longest
+// Parallel  a work item is a block of queries of one head; items are handed out dynamically,
+// longest
 //           first for causal masks.
-// Traffic   q and out once; k and v once per block of queries, from L2 for all but the longest rows.
+// Traffic   q and out once; k and v once per block of queries, from L2 for all but the longest
+// rows.
 //           Bound by FMA: exp and rescaling are about 15 % at D = 64.
-// Limits    blocks of 4 vectors of queries, or of one where there are few queries, which wastes lanes
+// Limits    blocks of 4 vectors of queries, or of one where there are few queries, which wastes
+// lanes
 //           at L = 1.
 #include "core/dispatch.h"
 #include "cpu/attention_tile.h"
@@ -32,9 +35,12 @@ struct ForwardPass {
 
   Buffers buffers() const {
     const bool convert = sizeof(S) != sizeof(T);
-    const std::int64_t sizes[] = {depth * kQueries,     width * kQueries,
-                                  kKeyBlock * kQueries, a.mask.defined() ? kKeyBlock * kQueries : 0,
-                                  convert ? kKeyBlock * depth : 0, convert ? kKeyBlock * width : 0};
+    const std::int64_t sizes[] = {depth * kQueries,
+                                  width * kQueries,
+                                  kKeyBlock * kQueries,
+                                  a.mask.defined() ? kKeyBlock * kQueries : 0,
+                                  convert ? kKeyBlock * depth : 0,
+                                  convert ? kKeyBlock * width : 0};
     std::int64_t total = 0;
     for (std::int64_t size : sizes) total += size;
     T* at = static_cast<T*>(thread_scratch(total * sizeof(T)));
@@ -133,7 +139,8 @@ struct ForwardPass {
         store(at, load(at) * inverse);
       }
       const std::int64_t left = count - n * kLane;
-      if (left > 0) store_n(lse + n * kLane, highest[n] + Math::log(sum[n]), left < kLane ? left : kLane);
+      if (left > 0)
+        store_n(lse + n * kLane, highest[n] + Math::log(sum[n]), left < kLane ? left : kLane);
     }
     transpose_from(buffer.out, kQueries, count, width, out.row(query), out.stride);
   }

@@ -1,9 +1,9 @@
 // Attention backward (csrc/ops/attention.h).
 //
 // Parallel  one (batch, key head) is one work item: all five products from one recomputation of P.
-//           Where there are too few of those for the threads, d_q is computed by blocks of queries and
-//           d_k, d_v by blocks of keys, at 7 products in place of 5. Both orders add the same terms in
-//           the same sequence, so the bits are the same.
+//           Where there are too few of those for the threads, d_q is computed by blocks of queries
+//           and d_k, d_v by blocks of keys, at 7 products in place of 5. Both orders add the same
+//           terms in the same sequence, so the bits are the same.
 // Traffic   per block of queries: q, out, d_out once, k, v and the running d_k, d_v once (from L2).
 // Limits    d_k and d_v accumulate in a thread's scratch of 2 S D elements.
 #include "core/dispatch.h"
@@ -29,10 +29,10 @@ struct BackwardPass {
   const std::int64_t depth_padded = (depth + kLane - 1) / kLane * kLane;
   const std::int64_t width_padded = (width + kLane - 1) / kLane * kLane;
 
-  struct Buffers {  // of one thread
-    T *q, *d_out;            // [D][queries], [Dv][queries]; q scaled
+  struct Buffers {           // of one thread
+    T *q, *d_out, *out;      // [D][queries], [Dv][queries] twice; q scaled
     T *q_rows, *d_out_rows;  // [queries][D padded], [queries][Dv padded]; q scaled
-    T *d_q;                  // [D][queries]
+    T* d_q;                  // [D][queries]
     T *p, *d_s, *mask;       // [keys of a block][queries]
     T *k, *v;                // converted blocks
     T *d_k, *d_v;            // [keys][D padded], [keys][Dv padded]
@@ -41,6 +41,7 @@ struct BackwardPass {
   Buffers buffers(std::int64_t key_rows) const {
     const bool convert = sizeof(S) != sizeof(T);
     const std::int64_t sizes[] = {depth * kQueries,
+                                  width * kQueries,
                                   width * kQueries,
                                   depth_padded * kQueries,
                                   width_padded * kQueries,
@@ -56,10 +57,11 @@ struct BackwardPass {
     for (std::int64_t size : sizes) total += size;
     T* at = static_cast<T*>(thread_scratch(total * sizeof(T)));
     Buffers buffers;
-    T** const members[] = {&buffers.q, &buffers.d_out, &buffers.q_rows, &buffers.d_out_rows,
-                           &buffers.d_q, &buffers.p, &buffers.d_s, &buffers.mask,
-                           &buffers.k, &buffers.v, &buffers.d_k, &buffers.d_v};
-    for (int i = 0; i < 12; ++i) {
+    T** const members[] = {&buffers.q,          &buffers.d_out, &buffers.out, &buffers.q_rows,
+                           &buffers.d_out_rows, &buffers.d_q,   &buffers.p,   &buffers.d_s,
+                           &buffers.mask,       &buffers.k,     &buffers.v,   &buffers.d_k,
+                           &buffers.d_v};
+    for (int i = 0; i < 13; ++i) {
       *members[i] = at;
       at += sizes[i];
     }
@@ -77,24 +79,25 @@ struct BackwardPass {
 
   // sum[key][:] += sum over queries of weights[key][query] * rows[query][:]
   template <int N>
-  static void add_products(const T* weights, std::int64_t n_keys, const T* rows, std::int64_t n_queries,
-                           std::int64_t padded, T* sum) {
-    for_row_tiles<kTileRows<N>>(n_keys, [&](std::int64_t j, auto tile) __attribute__((always_inline)) {
-      constexpr int M = decltype(tile)::value;
-      Vec<T> acc[M][N];
-      T* const to = sum + j * padded;
-      LMKERN_UNROLL
-      for (int m = 0; m < M; ++m) {
-        LMKERN_UNROLL
-        for (int n = 0; n < N; ++n) acc[m][n] = load(to + m * padded + n * kLane);
-      }
-      multiply_tile<M, N, T>(n_queries, weights + j * kQueries, kQueries, 1, rows, padded, acc);
-      LMKERN_UNROLL
-      for (int m = 0; m < M; ++m) {
-        LMKERN_UNROLL
-        for (int n = 0; n < N; ++n) store(to + m * padded + n * kLane, acc[m][n]);
-      }
-    });
+  static void add_products(const T* weights, std::int64_t n_keys, const T* rows,
+                           std::int64_t n_queries, std::int64_t padded, T* sum) {
+    for_row_tiles<kTileRows<N>>(
+        n_keys, [&](std::int64_t j, auto tile) __attribute__((always_inline)) {
+          constexpr int M = decltype(tile)::value;
+          Vec<T> acc[M][N];
+          T* const to = sum + j * padded;
+          LMKERN_UNROLL
+          for (int m = 0; m < M; ++m) {
+            LMKERN_UNROLL
+            for (int n = 0; n < N; ++n) acc[m][n] = load(to + m * padded + n * kLane);
+          }
+          multiply_tile<M, N, T>(n_queries, weights + j * kQueries, kQueries, 1, rows, padded, acc);
+          LMKERN_UNROLL
+          for (int m = 0; m < M; ++m) {
+            LMKERN_UNROLL
+            for (int n = 0; n < N; ++n) store(to + m * padded + n * kLane, acc[m][n]);
+          }
+        });
   }
 
   static void add_all_products(const T* weights, std::int64_t n_keys, const T* rows,
@@ -131,23 +134,22 @@ struct BackwardPass {
 
     // Lanes beyond the last query, and queries that see no key, get lse = +inf: their P is zero.
     const T* const lse_row = a.lse.ptr<const T>() + (b * heads + h) * queries + query;
-    T lse_lanes[kQueries], delta_lanes[kQueries];
+    T lse_lanes[kQueries];
     for (std::int64_t i = 0; i < kQueries; ++i) {
       const bool sees = i < count && lse_row[i] != T(-__builtin_inf());
       lse_lanes[i] = sees ? lse_row[i] : T(__builtin_inf());
-      delta_lanes[i] = 0;
-      if (i >= count) continue;
-      Vec<T> sum{};
-      for (std::int64_t d = 0; d < width; d += kLane) {
-        const std::int64_t n = width - d < kLane ? width - d : kLane;
-        sum += load_n(out.row(query + i) + d, n) * load_n(d_out.row(query + i) + d, n);
-      }
-      delta_lanes[i] = reduce_add<T>(sum);
     }
+    // delta is summed over d in the order of d_P's chain: where one key has all the weight, out is
+    // its v, and d_P - delta is exactly zero instead of a rounding error times a large k.
     Vec<T> lse[kVecs], delta[kVecs];
+    transpose_into(out.row(query), out.stride, count, kQueries, width, buffer.out, kQueries);
     for (int n = 0; n < kVecs; ++n) {
       lse[n] = load(lse_lanes + n * kLane);
-      delta[n] = load(delta_lanes + n * kLane);
+      delta[n] = Vec<T>{};
+      for (std::int64_t d = 0; d < width; ++d) {
+        const std::int64_t at = d * kQueries + n * kLane;
+        delta[n] += load(buffer.out + at) * load(buffer.d_out + at);
+      }
     }
 
     for (std::int64_t key = first_key; key < end_key; key += kKeyBlock) {
@@ -165,8 +167,8 @@ struct BackwardPass {
                             store(buffer.p + j * kQueries + n * kLane,
                                   Math::exp_nonpositive(score[n] - lse[n]));
                         });
-      score_tile<kVecs>(v_block, width, buffer.d_out, static_cast<const T*>(nullptr), false, query, key,
-                        n_keys,
+      score_tile<kVecs>(v_block, width, buffer.d_out, static_cast<const T*>(nullptr), false, query,
+                        key, n_keys,
                         [&](std::int64_t j, Vec<T>(&d_p)[kVecs]) __attribute__((always_inline)) {
                           LMKERN_UNROLL
                           for (int n = 0; n < kVecs; ++n) {
@@ -208,8 +210,8 @@ struct BackwardPass {
     }
   }
 
-  // d_k and d_v of the keys [first_key, end_key) of one key head, from all queries that see them; and,
-  // if want_q, the d_q of those queries, for which the keys must be all keys.
+  // d_k and d_v of the keys [first_key, end_key) of one key head, from all queries that see them;
+  // and, if want_q, the d_q of those queries, for which the keys must be all keys.
   void key_rows(std::int64_t b, std::int64_t key_head, std::int64_t first_key, std::int64_t end_key,
                 bool want_q, const Buffers& buffer) const {
     const std::int64_t rows = end_key - first_key;
@@ -265,7 +267,8 @@ struct BackwardPass {
                    first + kKeyChunk < keys ? first + kKeyChunk : keys, false, buffer);
         } else {
           const std::int64_t head = (item - kv_items) / blocks, i = (item - kv_items) % blocks;
-          block(head / heads, head % heads, (blocks - 1 - i) * kQueries, 0, keys, true, false, buffer);
+          block(head / heads, head % heads, (blocks - 1 - i) * kQueries, 0, keys, true, false,
+                buffer);
         }
       }
     });
@@ -275,9 +278,8 @@ struct BackwardPass {
 }  // namespace
 
 void attention_backward(const AttentionBackwardArgs& a) {
-  dispatch_float_types(a.q.dtype, [&](auto tag) {
-    BackwardPass<typename decltype(tag)::type>(a).run();
-  });
+  dispatch_float_types(a.q.dtype,
+                       [&](auto tag) { BackwardPass<typename decltype(tag)::type>(a).run(); });
 }
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

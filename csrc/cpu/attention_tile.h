@@ -1,11 +1,12 @@
-// What attention's forward and backward passes share: a tile of scores between a block of queries and
-// a block of keys.
+// What attention's forward and backward passes share: a tile of scores between a block of queries
+// and a block of keys.
 //
 // Queries lie along the lanes, keys and head dimensions along the rows of a tile. With that layout
 // every product of attention is multiply_tile with k or v as the broadcast operand, read where the
 // caller left them; softmax statistics are plain vector operations; and only a block's q and d_out
 // are ever transposed.
 #pragma once
+#include "core/memory.h"
 #include "core/parallel.h"
 #include "core/tensor_view.h"
 #include "cpu/gemm.h"
@@ -52,15 +53,15 @@ LMKERN_INLINE Operand<float> operand(HeadRows<const bfloat16> rows, std::int64_t
   return {buffer, width};
 }
 
-// The additive mask of a tile, [keys][queries] with queries padded to `padded`: 0 or -inf for a bool
-// mask. Returns whether any query sees any key.
+// The additive mask of a tile, [keys][queries] with queries padded to `padded`: 0 or -inf for a
+// bool mask. Returns whether any query sees any key.
 template <class T>
-LMKERN_INLINE bool load_mask(const TensorView& mask, std::int64_t b, std::int64_t h, std::int64_t query,
-                             std::int64_t queries, std::int64_t padded, std::int64_t key,
-                             std::int64_t keys, T* tile) {
+LMKERN_INLINE bool load_mask(const TensorView& mask, std::int64_t b, std::int64_t h,
+                             std::int64_t query, std::int64_t queries, std::int64_t padded,
+                             std::int64_t key, std::int64_t keys, T* tile) {
   const T hidden = T(-__builtin_inf());
-  const std::int64_t origin = b * mask.strides[0] + h * mask.strides[1] + query * mask.strides[2] +
-                              key * mask.strides[3];
+  const std::int64_t origin =
+      b * mask.strides[0] + h * mask.strides[1] + query * mask.strides[2] + key * mask.strides[3];
   bool seen = false;
   const auto fill = [&](auto value_at) __attribute__((always_inline)) {
     for (std::int64_t j = 0; j < keys; ++j) {
@@ -98,28 +99,30 @@ LMKERN_INLINE Vec<T> causal(Vec<T> score, std::int64_t first_query, std::int64_t
 // scaled_q is [D][queries]; mask is a tile of load_mask, or null.
 template <int kVecs, class T, class F>
 LMKERN_INLINE void score_tile(Operand<T> k, std::int64_t depth, const T* scaled_q, const T* mask,
-                              bool diagonal, std::int64_t query, std::int64_t key, std::int64_t keys,
-                              const F& f) {
+                              bool diagonal, std::int64_t query, std::int64_t key,
+                              std::int64_t keys, const F& f) {
   constexpr std::int64_t kQueries = kVecs * kLanes<T>;
-  for_row_tiles<kTileRows<kVecs>>(keys, [&](std::int64_t row, auto tile) __attribute__((always_inline)) {
-    constexpr int M = decltype(tile)::value;
-    Vec<T> acc[M][kVecs] = {};
-    multiply_tile<M, kVecs, T>(depth, k.data + row * k.stride, k.stride, 1, scaled_q, kQueries, acc);
-    LMKERN_UNROLL
-    for (int m = 0; m < M; ++m) {
-      if (mask != nullptr) {
+  for_row_tiles<kTileRows<kVecs>>(
+      keys, [&](std::int64_t row, auto tile) __attribute__((always_inline)) {
+        constexpr int M = decltype(tile)::value;
+        Vec<T> acc[M][kVecs] = {};
+        multiply_tile<M, kVecs, T>(depth, k.data + row * k.stride, k.stride, 1, scaled_q, kQueries,
+                                   acc);
         LMKERN_UNROLL
-        for (int n = 0; n < kVecs; ++n)
-          acc[m][n] += load(mask + (row + m) * kQueries + n * kLanes<T>);
-      }
-      if (diagonal) {
-        LMKERN_UNROLL
-        for (int n = 0; n < kVecs; ++n)
-          acc[m][n] = causal<T>(acc[m][n], query + n * kLanes<T>, key + row + m);
-      }
-      f(row + m, acc[m]);
-    }
-  });
+        for (int m = 0; m < M; ++m) {
+          if (mask != nullptr) {
+            LMKERN_UNROLL
+            for (int n = 0; n < kVecs; ++n)
+              acc[m][n] += load(mask + (row + m) * kQueries + n * kLanes<T>);
+          }
+          if (diagonal) {
+            LMKERN_UNROLL
+            for (int n = 0; n < kVecs; ++n)
+              acc[m][n] = causal<T>(acc[m][n], query + n * kLanes<T>, key + row + m);
+          }
+          f(row + m, acc[m]);
+        }
+      });
 }
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

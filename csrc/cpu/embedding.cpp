@@ -6,6 +6,7 @@
 //           untouched rows are nearly everything at a large V.
 // Limits    the bucketing itself is serial: 2 passes over the ids and 1 over V counters.
 #include "core/dispatch.h"
+#include "core/memory.h"
 #include "core/parallel.h"
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
@@ -13,7 +14,8 @@
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {
 
-constexpr std::int64_t kForkElements = 1 << 15;  // below, a parallel region costs more than it saves
+constexpr std::int64_t kForkElements = 1
+                                       << 15;  // below, a parallel region costs more than it saves
 
 int threads_for(std::int64_t elements) { return elements < kForkElements ? 1 : max_threads(); }
 
@@ -38,9 +40,11 @@ struct Buckets {
 
 template <class I>
 Buckets bucket(const I* index, std::int64_t n, std::int64_t rows) {
-  auto* const starts = static_cast<std::int64_t*>(thread_scratch((rows + 2 + n) * sizeof(std::int64_t)));
+  auto* const starts =
+      static_cast<std::int64_t*>(thread_scratch((rows + 2 + n) * sizeof(std::int64_t)));
   auto* const ids = starts + rows + 2;
-  // Counting sort; counts are kept two places up, so that after the second pass starts[v] is row v's.
+  // Counting sort; counts are kept two places up, so that after the second pass starts[v] is row
+  // v's.
   for (std::int64_t v = 0; v < rows + 2; ++v) starts[v] = 0;
   for (std::int64_t i = 0; i < n; ++i) ++starts[index[i] + 2];
   for (std::int64_t v = 2; v < rows + 2; ++v) starts[v] += starts[v - 1];

@@ -9,8 +9,8 @@
 // recurrent step and of attention's forward and backward has this form (csrc/cpu/recurrent.cpp,
 // csrc/cpu/attention.cpp say which). The epilogue receives the tile while it is still in registers.
 //
-// Numerics: one FMA chain per element over k in ascending order. It depends neither on M and N nor on
-// how rows and columns were divided among threads, which is why results do not either.
+// Numerics: one FMA chain per element over k in ascending order. It depends neither on M and N nor
+// on how rows and columns were divided among threads, which is why results do not either.
 #pragma once
 #include "cpu/vec.h"
 
@@ -58,8 +58,8 @@ LMKERN_INLINE void with_rows(std::int64_t row, std::int64_t rows, const F& f) {
 
 }  // namespace detail
 
-// Covers rows [0, rows) with tiles of at most Max rows, as equal as possible (20 rows are 5 + 5 + 5 + 5
-// rather than 6 + 6 + 6 + 2), and calls f(first_row, Rows<M>{}) for each.
+// Covers rows [0, rows) with tiles of at most Max rows, as equal as possible (20 rows are 5 + 5 + 5
+// + 5 rather than 6 + 6 + 6 + 2), and calls f(first_row, Rows<M>{}) for each.
 template <int Max, class F>
 LMKERN_INLINE void for_row_tiles(std::int64_t rows, const F& f) {
   const std::int64_t tiles = (rows + Max - 1) / Max;

@@ -6,8 +6,8 @@
 
 namespace lmkern::cpu {
 
-#define LMKERN_DECLARE(isa) \
-  namespace isa {           \
+#define LMKERN_DECLARE(isa)   \
+  namespace isa {             \
   extern const Kernels table; \
   }
 #ifdef LMKERN_HAVE_baseline

@@ -1,17 +1,19 @@
 // Forward pass of the recurrent layers (csrc/ops/recurrent.h).
 //
-// Parallel  RecurrentPlan: a thread owns rows of the batch or panels of hidden units, for all steps.
-// Traffic   per step W_hh once (from L2 if a thread's share fits there: read for each tile of rows),
+// Parallel  RecurrentPlan: a thread owns rows of the batch or panels of hidden units, for all
+// steps. Traffic   per step W_hh once (from L2 if a thread's share fits there: read for each tile
+// of rows),
 //           gates once in and, when training, once out. At B = 1 bound by reading W_hh, from about
 //           B = 8 on by FMA.
-// Limits    W_hh is packed at each call, in panels of one vector of units with their gates adjacent,
-//           so that a tile's epilogue has all gates of a unit in registers. That costs about two time
-//           steps at B = 1. A pack cached across calls would go stale unseen when weights are written
-//           through `.data`, which does not count up a tensor's version.
+// Limits    W_hh is packed at each call, in panels of one vector of units with their gates
+// adjacent,
+//           so that a tile's epilogue has all gates of a unit in registers. That costs about two
+//           time steps at B = 1. A pack cached across calls would go stale unseen when weights are
+//           written through `.data`, which does not count up a tensor's version.
+#include "cpu/recurrent.h"
 #include "cells/lstm.h"
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
-#include "cpu/recurrent.h"
 #include "cpu/vec_math.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
@@ -28,7 +30,8 @@ struct ForwardPass {
   const LstmForwardArgs& a;
   const std::int64_t steps = a.gates.shape[0], batch = a.gates.shape[1], hidden = a.w_hh.shape[1];
   const std::int64_t panels = (hidden + kUnits - 1) / kUnits, padded = panels * kUnits;
-  T *packed, *h[2], *c;  // [panels][H][gates][units], [B][padded] (before and after a step), [B][padded]
+  T *packed, *h[2],
+      *c;  // [panels][H][gates][units], [B][padded] (before and after a step), [B][padded]
 
   explicit ForwardPass(const LstmForwardArgs& args) : a(args) {
     const std::int64_t weights = panels * hidden * kPanelRow, state = batch * padded;
@@ -42,17 +45,21 @@ struct ForwardPass {
     return panel + 1 < panels ? kUnits : hidden - panel * kUnits;
   }
 
+  // Whether step s has a product to do: the first one has none if it starts from zeros.
+  bool recurs(std::int64_t s) const { return s > 0 || a.h0.defined(); }
+
   void pack(std::int64_t panel) const {
     for (int g = 0; g < kGates; ++g)
       transpose_into(a.w_hh.ptr<const S>() + (g * hidden + panel * kUnits) * hidden, hidden,
-                     units_of(panel), kUnits, hidden, packed + panel * hidden * kPanelRow + g * kUnits,
-                     kPanelRow);
+                     units_of(panel), kUnits, hidden,
+                     packed + panel * hidden * kPanelRow + g * kUnits, kPanelRow);
   }
 
   void load_state(Range rows, Range own) const {
     for (std::int64_t b = rows.begin; b < rows.end; ++b)
       for (std::int64_t p = own.begin; p < own.end; ++p) {
-        const std::int64_t u = p * kUnits, n = units_of(p), from = b * hidden + u, to = b * padded + u;
+        const std::int64_t u = p * kUnits, n = units_of(p), from = b * hidden + u,
+                           to = b * padded + u;
         store(h[0] + to, a.h0.defined() ? load_n(a.h0.ptr<const S>() + from, n) : Vec<T>{});
         store(c + to, a.c0.defined() ? load_n(a.c0.ptr<const S>() + from, n) : Vec<T>{});
       }
@@ -61,7 +68,8 @@ struct ForwardPass {
   void store_state(Range rows, Range own) const {
     for (std::int64_t b = rows.begin; b < rows.end; ++b)
       for (std::int64_t p = own.begin; p < own.end; ++p) {
-        const std::int64_t u = p * kUnits, n = units_of(p), to = b * hidden + u, from = b * padded + u;
+        const std::int64_t u = p * kUnits, n = units_of(p), to = b * hidden + u,
+                           from = b * padded + u;
         store_n(a.h_n.ptr<S>() + to, load(h[steps % 2] + from), n);
         store_n(a.c_n.ptr<S>() + to, load(c + from), n);
       }
@@ -81,7 +89,9 @@ struct ForwardPass {
         constexpr int M = decltype(tile)::value;
         const std::int64_t b0 = rows.begin + row;
         Vec<T> acc[M][kGates] = {};
-        multiply_tile<M, kGates, T>(hidden, h_prev + b0 * padded, padded, 1, panel, kPanelRow, acc);
+        if (recurs(s))
+          multiply_tile<M, kGates, T>(hidden, h_prev + b0 * padded, padded, 1, panel, kPanelRow,
+                                      acc);
         for (int m = 0; m < M; ++m) {
           const std::int64_t b = b0 + m, at = b * hidden + u;
           S* const gate = gates + b * kGates * hidden + u;
@@ -109,7 +119,7 @@ struct ForwardPass {
     parallel(plan.threads, [&](int thread, int threads) {
       const Range rows = plan.rows_of(thread, threads), own = plan.panels_of(thread, threads);
       const Range to_pack = thread_range(panels, 1, thread, threads);
-      for (std::int64_t p = to_pack.begin; p < to_pack.end; ++p) pack(p);
+      for (std::int64_t p = to_pack.begin; recurs(steps - 1) && p < to_pack.end; ++p) pack(p);
       load_state(rows, own);
       barrier.wait(threads);
       for (std::int64_t s = 0; s < steps; ++s) {
@@ -124,9 +134,8 @@ struct ForwardPass {
 }  // namespace
 
 void lstm_forward(const LstmForwardArgs& a) {
-  dispatch_float_types(a.gates.dtype, [&](auto tag) {
-    ForwardPass<typename decltype(tag)::type>(a).run();
-  });
+  dispatch_float_types(a.gates.dtype,
+                       [&](auto tag) { ForwardPass<typename decltype(tag)::type>(a).run(); });
 }
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

@@ -1,5 +1,6 @@
 // How the work of a recurrent layer is divided among threads; shared by forward and backward.
 #pragma once
+#include "core/memory.h"
 #include "core/parallel.h"
 #include "cpu/gemm.h"
 
@@ -17,8 +18,8 @@ struct RecurrentPlan {
   LMKERN_INLINE RecurrentPlan(std::int64_t steps, std::int64_t batch, std::int64_t panel_count,
                               std::int64_t weight_bytes, std::int64_t step_flops)
       : rows(batch), panels(panel_count) {
-    constexpr std::int64_t kCacheBytes = 1 << 20;  // of a core, with room for the activations
-    constexpr std::int64_t kForkFlops = 400'000;   // a parallel region costs about 4 us
+    constexpr std::int64_t kCacheBytes = 1 << 20;    // of a core, with room for the activations
+    constexpr std::int64_t kForkFlops = 400'000;     // a parallel region costs about 4 us
     constexpr std::int64_t kBarrierFlops = 150'000;  // a barrier about 0.5 us on each core
     threads = max_threads();
     by_rows = weight_bytes <= kCacheBytes && batch >= 3 * threads;

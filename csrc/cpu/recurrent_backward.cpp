@@ -2,9 +2,10 @@
 //
 // Parallel  RecurrentPlan, as forward.
 // Traffic   per step W_hh once, saved gates and cells once in, d_gates once out. Step t's product
-//           d_gates_t W_hh ends in the epilogue that computes d_gates_{t-1} for the same units, while
-//           d_h_{t-1} is still in registers: one barrier per step.
-// Limits    d_gates is rounded to the storage type for the caller's products over all steps, but the
+//           d_gates_t W_hh ends in the epilogue that computes d_gates_{t-1} for the same units,
+//           while d_h_{t-1} is still in registers: one barrier per step.
+// Limits    d_gates is rounded to the storage type for the caller's products over all steps, but
+// the
 //           recurrence itself goes on in the accumulate type.
 #include "cells/lstm.h"
 #include "core/dispatch.h"
@@ -28,12 +29,12 @@ struct BackwardPass {
   const std::int64_t steps = a.gates.shape[0], batch = a.gates.shape[1], hidden = a.w_hh.shape[1];
   const std::int64_t panels = (hidden + kUnits - 1) / kUnits, padded = panels * kUnits;
   const std::int64_t depth = kGates * hidden;
-  T *packed, *d_gates[2], *d_c;  // [panels][4H][units], [B][4H] (of this and the next step), [B][padded]
+  T *packed, *d_gates[2],
+      *d_c;  // [panels][4H][units], [B][4H] (of this and the next step), [B][padded]
 
   explicit BackwardPass(const LstmBackwardArgs& args) : a(args) {
     const std::int64_t weights = panels * depth * kUnits;
-    packed = static_cast<T*>(
-        thread_scratch((weights + batch * (2 * depth + padded)) * sizeof(T)));
+    packed = static_cast<T*>(thread_scratch((weights + batch * (2 * depth + padded)) * sizeof(T)));
     d_gates[0] = packed + weights;
     d_gates[1] = d_gates[0] + batch * depth;
     d_c = d_gates[1] + batch * depth;
@@ -50,7 +51,8 @@ struct BackwardPass {
     T* to = packed + panel * depth * kUnits;
     for (std::int64_t k = 0; k < depth; ++k)
       for (int v = 0; v < kVecs; ++v)
-        store(to + k * kUnits + v * kLane, load_n(from + k * hidden + v * kLane, units_of(panel, v)));
+        store(to + k * kUnits + v * kLane,
+              load_n(from + k * hidden + v * kLane, units_of(panel, v)));
   }
 
   static Vec<T> load_optional(const TensorView& view, std::int64_t at, std::int64_t n) {
@@ -58,7 +60,7 @@ struct BackwardPass {
   }
 
   // Calls f(b, unit, valid units, d_h from the later step) for each vector of units of `own`.
-  // s: the step whose d_h is wanted, from steps-1 down to -1, which is h0's.
+  // s: the step whose d_h is wanted.
   template <class F>
   void for_each_d_h(std::int64_t s, Range rows, Range own, const F& f) const {
     const T* const next = d_gates[(s + 1) & 1];
@@ -115,7 +117,7 @@ struct BackwardPass {
     parallel(plan.threads, [&](int thread, int threads) {
       const Range rows = plan.rows_of(thread, threads), own = plan.panels_of(thread, threads);
       const Range to_pack = thread_range(panels, 1, thread, threads);
-      for (std::int64_t p = to_pack.begin; p < to_pack.end; ++p) pack(p);
+      for (std::int64_t p = to_pack.begin; steps > 1 && p < to_pack.end; ++p) pack(p);
       for (std::int64_t b = rows.begin; b < rows.end; ++b)
         for (std::int64_t p = own.begin; p < own.end; ++p)
           for (int v = 0; v < kVecs; ++v) {
@@ -127,10 +129,13 @@ struct BackwardPass {
         step(s, rows, own);
         if (!plan.by_rows) barrier.wait(threads);
       }
-      for_each_d_h(-1, rows, own, [&](std::int64_t b, std::int64_t u, std::int64_t n, Vec<T> d_h) {
-        store_n(a.d_h0.ptr<S>() + b * hidden + u, d_h, n);
-        store_n(a.d_c0.ptr<S>() + b * hidden + u, load(d_c + b * padded + u), n);
-      });
+      if (!a.d_c0.defined()) return;
+      for (std::int64_t b = rows.begin; b < rows.end; ++b)
+        for (std::int64_t p = own.begin; p < own.end; ++p)
+          for (int v = 0; v < kVecs; ++v) {
+            const std::int64_t u = p * kUnits + v * kLane;
+            store_n(a.d_c0.ptr<S>() + b * hidden + u, load(d_c + b * padded + u), units_of(p, v));
+          }
     });
   }
 };
@@ -138,9 +143,8 @@ struct BackwardPass {
 }  // namespace
 
 void lstm_backward(const LstmBackwardArgs& a) {
-  dispatch_float_types(a.gates.dtype, [&](auto tag) {
-    BackwardPass<typename decltype(tag)::type>(a).run();
-  });
+  dispatch_float_types(a.gates.dtype,
+                       [&](auto tag) { BackwardPass<typename decltype(tag)::type>(a).run(); });
 }
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

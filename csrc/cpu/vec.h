@@ -128,18 +128,6 @@ LMKERN_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 
-template <class T>
-LMKERN_INLINE T reduce_add(Vec<T> v) {  // a fixed tree, so the result does not depend on the build
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  LMKERN_UNROLL
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    LMKERN_UNROLL
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
-
 // ---- transpose --------------------------------------------------------------------------------
 
 // a[0], b[0], a[1], b[1], ... of the lower (High = 0) or upper (High = 1) half of the lanes.
@@ -172,8 +160,8 @@ LMKERN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < cols, and zero for rows <= r <
-// padded_rows, a multiple of the lanes.
+// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < cols, and zero for rows <= r
+// < padded_rows, a multiple of the lanes.
 template <class S>
 LMKERN_INLINE void transpose_into(const S* from, std::int64_t from_stride, std::int64_t rows,
                                   std::int64_t padded_rows, std::int64_t cols, Accumulate<S>* to,
@@ -195,8 +183,8 @@ LMKERN_INLINE void transpose_into(const S* from, std::int64_t from_stride, std::
   }
 }
 
-// The way back: to[r * to_stride + c] = from[c * from_stride + r] for r < rows, c < cols. `from` has
-// whole vectors of rows.
+// The way back: to[r * to_stride + c] = from[c * from_stride + r] for r < rows, c < cols. `from`
+// has whole vectors of rows.
 template <class S>
 LMKERN_INLINE void transpose_from(const Accumulate<S>* from, std::int64_t from_stride,
                                   std::int64_t rows, std::int64_t cols, S* to,

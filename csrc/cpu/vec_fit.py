@@ -12,7 +12,9 @@ mp.dps = 50
 
 def fit(f, low, high, degree):
     low, high, n = mpf(low), mpf(high), degree + 1
-    nodes = [(low + high) / 2 + (high - low) / 2 * cos((2 * k + 1) * pi / (2 * n)) for k in range(n)]
+    nodes = [
+        (low + high) / 2 + (high - low) / 2 * cos((2 * k + 1) * pi / (2 * n)) for k in range(n)
+    ]
     vandermonde = matrix(n, n)
     for i, x in enumerate(nodes):
         for j in range(n):

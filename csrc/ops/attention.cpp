@@ -29,10 +29,11 @@ void check_no_nan(const Check& check, const TensorView& mask) {
     for (std::int64_t b = 0; b < extent[0]; ++b)
       for (std::int64_t h = 0; h < extent[1]; ++h)
         for (std::int64_t l = 0; l < extent[2]; ++l) {
-          const S* row = mask.ptr<const S>() + b * mask.strides[0] + h * mask.strides[1] +
-                         l * mask.strides[2];
+          const S* row =
+              mask.ptr<const S>() + b * mask.strides[0] + h * mask.strides[1] + l * mask.strides[2];
           bool nan = false;
-          for (std::int64_t s = 0; s < extent[3]; ++s) nan |= std::isnan(mask_value(row[s * mask.strides[3]]));
+          for (std::int64_t s = 0; s < extent[3]; ++s)
+            nan |= std::isnan(mask_value(row[s * mask.strides[3]]));
           if (nan) check.fail("attn_mask must not contain NaN");
         }
   });
@@ -76,11 +77,12 @@ void check_output(const Check& check, const char* name, const TensorView& view, 
   check.last_contiguous(name, view);
 }
 
-void check_results(const Check& check, const Heads& a, const TensorView& out, const TensorView& lse) {
+void check_results(const Check& check, const Heads& a, const TensorView& out,
+                   const TensorView& lse) {
   const auto B = a.q.shape[0], H = a.q.shape[1], L = a.q.shape[2];
   check_output(check, "out", out, a.q, {B, H, L, a.v.shape[3]}, "[B, H, L, Dv]");
-  check.tensor("lse", lse, a.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32, {B, H, L},
-               "[B, H, L]");
+  check.tensor("lse", lse, a.q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32,
+               {B, H, L}, "[B, H, L]");
 }
 
 }  // namespace

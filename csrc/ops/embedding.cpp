@@ -30,8 +30,8 @@ void check_indices(const Check& check, const TensorView& indices, std::int64_t r
     for (std::int64_t i = 0; !valid && i < n; ++i)
       if (index[i] < 0 || index[i] >= rows)
         check.fail_index("index " + std::to_string(index[i]) + " at position " +
-                         position_string(indices, i) + " is out of range for V = " +
-                         std::to_string(rows));
+                         position_string(indices, i) +
+                         " is out of range for V = " + std::to_string(rows));
   });
 }
 

@@ -43,8 +43,7 @@ void lstm_backward(const LstmBackwardArgs& a) {
   check.optional("c0", a.c0, dtype, {B, H}, "[B, H]");
   check.tensor("cells", a.cells, accumulate_dtype(dtype), {T, B, H}, "[T, B, H]");
   check.tensor("d_gates", a.d_gates, dtype, {T, B, 4 * H}, "[T, B, 4H]");
-  check.tensor("d_h0", a.d_h0, dtype, {B, H}, "[B, H]");
-  check.tensor("d_c0", a.d_c0, dtype, {B, H}, "[B, H]");
+  check.optional("d_c0", a.d_c0, dtype, {B, H}, "[B, H]");
   cpu::kernels().lstm_backward(a);
 }
 

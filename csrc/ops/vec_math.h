@@ -1,5 +1,5 @@
-// The elementary functions of csrc/cpu/vec_math.h, applied to a whole tensor: how their error bounds
-// are tested. Not a public op.
+// The elementary functions of csrc/cpu/vec_math.h, applied to a whole tensor: how their error
+// bounds are tested. Not a public op.
 #pragma once
 #include "core/tensor_view.h"
 

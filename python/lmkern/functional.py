@@ -64,6 +64,8 @@ def lstm(
     )
     check_dims("lstm", "input", input, 3, "[T, B, I]")
     check_dims("lstm", "w_hh", w_hh, 2, "[4H, H]")
+    if input.shape[0] == 0:
+        raise ValueError(f"lstm: input must have at least one time step, got {list(input.shape)}")
     batch, hidden = input.shape[1], w_hh.shape[1]
     check_shape("lstm", "w_hh", w_hh, (4 * hidden, hidden), "[4H, H]")
     check_shape("lstm", "w_ih", w_ih, (4 * hidden, input.shape[2]), "[4H, I]")
@@ -129,7 +131,9 @@ def scaled_dot_product_attention(
     check_shape(op, "key", key, (*key.shape[:-2], keys, depth), "[..., S, D]")
     heads, key_heads = (x.shape[-3] if x.dim() > 2 else 1 for x in (query, key))
     if enable_gqa:
-        check_shape(op, "value", value, (*value.shape[:-3], key_heads, keys, width), "[..., H_kv, S, Dv]")
+        check_shape(
+            op, "value", value, (*value.shape[:-3], key_heads, keys, width), "[..., H_kv, S, Dv]"
+        )
         if key_heads == 0 or heads % key_heads:
             raise ValueError(
                 f"{op}: query's heads must be a multiple of key's, got {heads} and {key_heads}"
@@ -155,7 +159,9 @@ def scaled_dot_product_attention(
             if not attn_mask.is_floating_point():
                 raise TypeError(f"{op}: attn_mask must be bool or floating, got {attn_mask.dtype}")
             attn_mask = attn_mask.to(query.dtype)
-        target = (*lead, heads, queries, keys) if max(query.dim(), key.dim()) > 2 else (queries, keys)
+        target = (
+            (*lead, heads, queries, keys) if max(query.dim(), key.dim()) > 2 else (queries, keys)
+        )
         try:
             attn_mask = attn_mask.expand(target)
         except RuntimeError:
@@ -168,7 +174,9 @@ def scaled_dot_product_attention(
         warn_once(f"{op}: no kernel for dropout_p > 0 yet, running plain torch operations")
         kernel = False
     if kernel and needs_grad(attn_mask):
-        warn_once(f"{op}: no kernel for the gradient of attn_mask yet, running plain torch operations")
+        warn_once(
+            f"{op}: no kernel for the gradient of attn_mask yet, running plain torch operations"
+        )
         kernel = False
     if not kernel:
         return reference.scaled_dot_product_attention(

@@ -84,7 +84,7 @@ class LSTM(Module):
         for layer in range(num_layers):
             for suffix in self._suffixes(layer):
                 below = input_size if layer == 0 else self._features * self._directions
-                shapes = {"weight_ih": (4 * hidden_size, below)}
+                shapes: dict[str, tuple[int, ...]] = {"weight_ih": (4 * hidden_size, below)}
                 shapes["weight_hh"] = (4 * hidden_size, self._features)
                 if bias:
                     shapes["bias_ih"] = shapes["bias_hh"] = (4 * hidden_size,)
@@ -145,7 +145,9 @@ class LSTM(Module):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if not isinstance(input, torch.Tensor):
-            raise TypeError(f"LSTM: input must be a Tensor or PackedSequence, got {type(input).__name__}")
+            raise TypeError(
+                f"LSTM: input must be a Tensor or PackedSequence, got {type(input).__name__}"
+            )
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: input must be 2-D or 3-D, got {list(input.shape)}")
         if input.shape[-1] != self.input_size:
@@ -156,8 +158,6 @@ class LSTM(Module):
         x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
-        if x.shape[0] == 0:
-            raise ValueError("LSTM: input must have at least one time step, got T = 0")
         state = self._check_state(hx, x.shape[1], batched)
         if state is not None and not batched:
             state = (state[0].unsqueeze(1), state[1].unsqueeze(1))
@@ -190,7 +190,9 @@ class LSTM(Module):
             for direction, suffix in enumerate(self._suffixes(layer)):
                 row = layer * self._directions + direction
                 hx = None if state is None else (state[0][row], state[1][row])
-                y, (h, c) = lstm(x, *self._weights(suffix), hx=hx, reverse=direction == 1)
+                w_ih, w_hh, *biases = self._weights(suffix)
+                b_ih, b_hh = biases or (None, None)
+                y, (h, c) = lstm(x, w_ih, w_hh, b_ih, b_hh, hx, reverse=direction == 1)
                 outputs.append(y)
                 finals_h.append(h)
                 finals_c.append(c)
@@ -232,5 +234,7 @@ class LSTM(Module):
         if packed.unsorted_indices is not None:
             h_n = h_n.index_select(1, packed.unsorted_indices)
             c_n = c_n.index_select(1, packed.unsorted_indices)
-        output = PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+        output = PackedSequence(
+            y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
+        )
         return output, (h_n, c_n)

@@ -17,6 +17,7 @@ def _forward_fake(weight: Tensor, indices: Tensor) -> Tensor:
 
 def _forward_cpu(weight: Tensor, indices: Tensor) -> Tensor:
     out = _forward_fake(weight, indices)
+    _C.prefer_huge_pages(out)
     rows = weight if weight.stride(1) == 1 else weight.contiguous()
     _C.embedding_forward(rows, indices.contiguous(), out)
     return out
@@ -32,6 +33,7 @@ def _backward_cpu(
     d_out: Tensor, indices: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
     d_weight = _backward_fake(d_out, indices, num_embeddings, padding_idx, scale_grad_by_freq)
+    _C.prefer_huge_pages(d_weight)
     _C.embedding_backward(
         d_out.contiguous(), indices.contiguous(), d_weight, padding_idx, scale_grad_by_freq
     )

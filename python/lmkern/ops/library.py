@@ -41,7 +41,9 @@ def use_kernel(op: str, tensor: Tensor) -> bool:
     and dtypes (with one warning), functorch transforms and forward-mode differentiation.
     """
     if tensor.device.type not in _KERNEL_DEVICES:
-        warn_once(f"{op}: no kernel for device '{tensor.device.type}' yet, running plain torch operations")
+        warn_once(
+            f"{op}: no kernel for device '{tensor.device.type}' yet, running plain torch operations"
+        )
         return False
     if tensor.dtype not in KERNEL_DTYPES:
         warn_once(f"{op}: no kernel for {tensor.dtype} yet, running plain torch operations")
@@ -58,7 +60,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors, cast to the autocast dtype where autocast is on (float64 is left alone)."""
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lmkern import _C, reference
 from lmkern.ops.library import accumulate_dtype, define_op, reference_backward, without_autocast
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _outputs(x: Tensor, w_hh: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,15 +37,24 @@ def _forward_cpu(
 ) -> tuple[Tensor, ...]:
     steps, batch, _ = x.shape
     # One product for all steps: the part of the work that the library does best.
-    with without_autocast():
-        bias = b_ih + b_hh if b_ih is not None and b_hh is not None else None
-        gates = F.linear(x.reshape(steps * batch, -1), w_ih, bias).view(steps, batch, -1)
+    gates = x.new_empty(steps, batch, w_ih.shape[0])
     y, h_n, c_n, cells = _outputs(x, w_hh, save)
+    for fresh in (gates, y, cells):
+        _C.prefer_huge_pages(fresh)
+    flat = gates.view(steps * batch, -1)
+    with without_autocast():
+        if b_ih is None or b_hh is None:
+            torch.mm(x.reshape(steps * batch, -1), w_ih.t(), out=flat)
+        else:
+            torch.addmm(b_ih + b_hh, x.reshape(steps * batch, -1), w_ih.t(), out=flat)
+        if steps == 1 and h0 is not None:  # a single product is not worth packing w_hh for
+            flat.addmm_(h0, w_hh.t())
+            h0 = None
     _C.lstm_forward(
         gates,
         w_hh.contiguous(),
-        None if h0 is None else h0.contiguous(),
-        None if c0 is None else c0.contiguous(),
+        _dense(h0),
+        _dense(c0),
         y,
         h_n,
         c_n,
@@ -83,34 +96,39 @@ def _backward_cpu(
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, ...]:
-    steps, batch, hidden = y.shape
+    steps, batch, _ = y.shape
     d_gates = torch.empty_like(gates)
-    d_h0, d_c0 = y.new_empty(batch, hidden), y.new_empty(batch, hidden)
+    _C.prefer_huge_pages(d_gates)
+    d_c0 = y.new_empty(0 if c0 is None else c0.shape)
     _C.lstm_backward(
-        *(None if t is None else t.contiguous() for t in (d_y, d_h_n, d_c_n)),
+        _dense(d_y),
+        _dense(d_h_n),
+        _dense(d_c_n),
         w_hh.contiguous(),
-        None if c0 is None else c0.contiguous(),
+        _dense(c0),
         gates,
         cells,
         d_gates,
-        d_h0,
-        d_c0,
+        None if c0 is None else d_c0,
         reverse,
     )
-    none = y.new_empty(0)
-    d_x = d_w_ih = d_w_hh = d_b = none
+    # Outputs that nobody asked for are empty; an op must not return one tensor twice.
+    d_x, d_h0, d_w_ih, d_w_hh, d_b = (y.new_empty(0) for _ in range(5))
     flat = d_gates.view(steps * batch, -1)
+    # h_{t-1} is y shifted by one step, and h0 for the first.
+    first, rest, before = 0, slice(1, None), slice(0, -1)
+    if reverse:
+        first, rest, before = steps - 1, before, rest
     with without_autocast():
+        if h0 is not None:
+            d_h0 = d_gates[first] @ w_hh
         if need_x:
             d_x = (flat @ w_ih).view(x.shape)
         if need_weights:
             d_w_ih = flat.t() @ x.reshape(steps * batch, -1)
             d_b = flat.sum(0, dtype=accumulate_dtype(flat.dtype)).to(flat.dtype)
-            # h_{t-1} is y shifted by one step, and h0 for the first.
-            first, rest = (steps - 1, slice(0, -1)) if reverse else (0, slice(1, None))
-            before = slice(1, None) if reverse else slice(0, -1)
             d_w_hh = d_gates[rest].flatten(0, 1).t() @ y[before].flatten(0, 1)
-            if h0 is not None and steps > 0:
+            if h0 is not None:
                 d_w_hh.addmm_(d_gates[first].t(), h0)
     return d_x, d_h0, d_c0, d_w_ih, d_w_hh, d_b
 
@@ -131,11 +149,10 @@ def _backward_fake(
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, ...]:
-    batch, hidden = y.shape[1:]
     return (
         x.new_empty(x.shape if need_x else (0,)),
-        y.new_empty(batch, hidden),
-        y.new_empty(batch, hidden),
+        y.new_empty(0 if h0 is None else h0.shape),
+        y.new_empty(0 if c0 is None else c0.shape),
         y.new_empty(w_ih.shape if need_weights else (0,)),
         y.new_empty(w_hh.shape if need_weights else (0,)),
         y.new_empty(w_ih.shape[0] if need_weights else 0),
@@ -179,7 +196,7 @@ class LSTMFunction(torch.autograd.Function):
         reverse = ctx.reverse
         if torch.is_grad_enabled():
             grads = reference_backward(
-                lambda *args: reference.lstm(*args, reverse=reverse), inputs, (d_y, d_h_n, d_c_n)
+                functools.partial(reference.lstm, reverse=reverse), inputs, (d_y, d_h_n, d_c_n)
             )
             return (*grads, None)
         need = ctx.needs_input_grad
@@ -192,7 +209,9 @@ class LSTMFunction(torch.autograd.Function):
             d_w_ih if need[1] else None,
             d_w_hh if need[2] else None,
             d_b if need[3] else None,
-            d_b.clone() if need[4] else None,  # b_ih and b_hh are two parameters: no shared gradient
+            d_b.clone()
+            if need[4]
+            else None,  # b_ih and b_hh are two parameters: no shared gradient
             d_h0 if need[5] else None,
             d_c0 if need[6] else None,
             None,

@@ -1,0 +1,88 @@
+# Every verb is self-sufficient: it makes .venv when it is missing, rebuilds the kernels only when a
+# source changed, and needs no activated environment.
+#
+#   make demo    build, train two small language models for a minute each, print generated text
+#   make test    the test suite (make test-long: the long tests, make test-asan: under sanitizers)
+#   make bench   the benchmark table against torch, written to bench/results/
+#   make lint    ruff, mypy, clang-format        make fmt    rewrite in place
+#   make wheel   dist/lmkern-*.whl               make clean  remove everything that was made
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+BUILD_FILES := $(CXX_FILES) CMakeLists.txt $(wildcard cmake/*.cmake) pyproject.toml python/lmkern/_version.py
+
+.PHONY: demo test test-long test-asan bench lint fmt wheel clean build check-tools
+.DELETE_ON_ERROR:
+
+demo: build
+	@$(BIN)/lmkern demo
+
+test: build
+	@$(BIN)/python -m pytest -m 'not long' $(ARGS)
+
+test-long: build
+	@$(BIN)/python -m pytest -m long $(ARGS)
+
+bench: build
+	@mkdir -p bench/results
+	@$(BIN)/python -m pytest bench -o python_files='bench_*.py' -q --benchmark-columns=median,rounds \
+		--benchmark-json=bench/results/latest.json $(ARGS)
+
+lint: build
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@echo 'lint: ok'
+
+fmt: build
+	@$(BIN)/ruff check --fix-only -q .
+	@$(BIN)/ruff format -q .
+	@$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/.tools
+	@rm -rf dist && $(BIN)/pip wheel -q --no-deps -w dist -c constraints.txt .
+	@ls dist/*.whl
+
+clean:
+	rm -rf $(VENV) $(VENV)-asan build dist out .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+# ---- what the verbs stand on ---------------------------------------------------------------------
+
+build: $(VENV)/.built
+
+check-tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "lmkern needs Python >= 3.10, found: $$($(PYTHON) --version 2>&1) (set PYTHON=...)" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { \
+		echo "lmkern needs a C++20 compiler, found none named '$${CXX:-c++}' (e.g. apt-get install g++)" >&2; exit 1; }
+
+$(VENV)/.tools: pyproject.toml constraints.txt | check-tools
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing torch and the build tools ...'
+	@$(BIN)/pip install -q -c constraints.txt torch==2.13.0 'scikit-build-core>=0.11' 'pybind11>=3' cmake ninja
+	@touch $@
+
+$(VENV)/.built: $(BUILD_FILES) $(VENV)/.tools
+	@echo 'building the kernels and installing the development environment ...'
+	@$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e '.[dev]' \
+		-C build-dir=build/dev -C cmake.define.LMKERN_TEST_ISA=ON
+	@touch $@
+
+# The kernels' own tests against a build with AddressSanitizer and UndefinedBehaviorSanitizer. Its
+# environment borrows the packages of .venv through a .pth file; only lmkern is its own.
+ASAN_TESTS := tests/test_vec_math.py tests/test_recurrent.py tests/test_attention.py tests/test_embedding.py
+test-asan: build
+	@test -x $(VENV)-asan/bin/python || $(BIN)/python -m venv $(VENV)-asan
+	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+		> $$($(VENV)-asan/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth
+	@echo 'building the kernels with sanitizers ...'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)-asan/bin/python -m pip install -q --no-build-isolation --no-deps \
+		--force-reinstall . -C build-dir=build/asan -C cmake.build-type=RelWithDebInfo \
+		-C cmake.define.LMKERN_TEST_ISA=ON -C cmake.define.LMKERN_SANITIZE=address,undefined
+	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		$(VENV)-asan/bin/python -m pytest $(ASAN_TESTS) -q $(ARGS)

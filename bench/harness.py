@@ -1,0 +1,103 @@
+"""The interleaved A/B harness: ours against each peer, in one process, round by round.
+
+These are the rules, because machines drift by a factor of two within minutes:
+
+- correctness is checked before anything is timed;
+- in each round every contender runs once, in rotating order; the ratio of a peer is the median over
+  rounds of its time divided by ours in the same round, and the *best* peer counts;
+- the ceiling (FMA rate or copy bandwidth) is measured right beside the case.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lmkern import _C
+
+Run = Callable[[], Any]
+
+
+@dataclass
+class Case:
+    """One row of the table. ``flops`` or ``bytes``: the work done, whichever bounds it."""
+
+    name: str
+    ours: Run
+    peers: dict[str, Run]
+    check: Callable[[], None]
+    flops: float = 0.0
+    bytes: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def fma_ceiling(threads: int) -> float:
+    """FLOP/s of float32 FMA chains that never leave registers, now, on this many threads."""
+    return max(_C.peak_flops(threads, 300_000) for _ in range(3))
+
+
+def copy_ceiling(megabytes: int = 64) -> float:
+    """Bytes/s (read + written) of a copy between two live buffers larger than any cache we count on."""
+    source = torch.ones(megabytes << 18)
+    target = torch.empty_like(source)
+    best = min(_timed(lambda: target.copy_(source)) for _ in range(6))
+    return 2 * source.numel() * 4 / best
+
+
+def _timed(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(case: Case, seconds: float) -> dict[str, Any]:
+    """Run one case for about ``seconds`` and return its row."""
+    case.check()
+    contenders = {"lmkern": case.ours, **case.peers}
+    names = list(contenders)
+    for run in contenders.values():  # first calls: compilation, allocation, page faults
+        run()
+        run()
+    slowest = sum(_timed(run) for run in contenders.values())
+    rounds = int(min(200, max(5, seconds / slowest)))
+    ceiling = fma_ceiling(torch.get_num_threads()) if case.flops else copy_ceiling()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            times[name].append(_timed(contenders[name]))
+    ratios = {
+        peer: statistics.median(t / o for t, o in zip(times[peer], times["lmkern"], strict=True))
+        for peer in case.peers
+    }
+    best = min(ratios, key=lambda peer: ratios[peer])
+    median = statistics.median(times["lmkern"])
+    rate = (case.flops or case.bytes) / median
+    return {
+        "case": case.name,
+        "threads": torch.get_num_threads(),
+        "milliseconds": median * 1e3,
+        "p20": statistics.quantiles(times["lmkern"], n=5)[0] * 1e3,
+        "p80": statistics.quantiles(times["lmkern"], n=5)[3] * 1e3,
+        "peers_ms": {p: statistics.median(times[p]) * 1e3 for p in case.peers},
+        "ratios": ratios,
+        "best_peer": best,
+        "ratio": ratios[best],
+        "rate": rate,
+        "unit": "FLOP/s" if case.flops else "B/s",
+        "ceiling": ceiling,
+        "fraction": rate / ceiling,
+        "rounds": rounds,
+        **case.extra,
+    }
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float) -> None:
+    """Relative to the largest element, tensor by tensor."""
+    for a, b in zip(ours, theirs, strict=True):
+        error = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)
+        assert error < tolerance, f"wrong result: relative error {error:.1e}"

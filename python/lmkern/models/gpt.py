@@ -1,0 +1,239 @@
+"""GPT: a decoder-only transformer with learned positions, pre-norm blocks and a tied head.
+
+Source: Radford et al. 2019 (GPT-2); sizes, names of options and initialisation as in nanoGPT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .pretrained import (
+    Backend,
+    LanguageModel,
+    check_backend,
+    check_dropout,
+    check_input_ids,
+    check_positive,
+)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Size of a GPT.
+
+    Args:
+        vocab_size: number of different tokens.
+        block_size: the most tokens the model can look at.
+        n_layer: number of transformer blocks.
+        n_head: attention heads per block.
+        n_embd: width of the model; a multiple of n_head.
+        dropout: probability of dropping a value (embeddings, attention weights, block outputs).
+        bias: give the linear and normalisation layers a bias.
+    """
+
+    vocab_size: int = 256
+    block_size: int = 64
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        owner = "GPTConfig"
+        check_positive(
+            owner,
+            vocab_size=self.vocab_size,
+            block_size=self.block_size,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd,
+        )
+        check_dropout(owner, self.dropout)
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"{owner}: n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}"
+            )
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far; `GPT.forward` fills it in place.
+
+    keys, values: one [B, n_head, block_size, n_embd / n_head] per block; length: tokens filled.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+
+
+class Attention(nn.Module):
+    """Causal self-attention over [B, T, n_embd]."""
+
+    def __init__(self, config: GPTConfig, sdpa: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.sdpa = sdpa
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.out_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        batch, length, width = x.shape
+        heads = (batch, length, self.n_head, width // self.n_head)
+        q, k, v = (
+            part.view(heads).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
+        )  # [B, H, T, D]
+        mask, is_causal = None, True
+        if cache is not None:
+            begin, end = cache.length, cache.length + length
+            cache.keys[layer][:, :, begin:end] = k
+            cache.values[layer][:, :, begin:end] = v
+            k = cache.keys[layer][:, :, :end].to(q.dtype)
+            v = cache.values[layer][:, :, :end].to(q.dtype)
+            is_causal = begin == 0
+            if begin > 0 and length > 1:
+                # is_causal aligns the first query with the first key; here the first query
+                # stands at position `begin`.
+                mask = torch.ones(length, end, dtype=torch.bool, device=x.device).tril(begin)
+        y = self.sdpa(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+        )
+        y = y.transpose(1, 2).reshape(batch, length, width)
+        return self.out_dropout(self.out(y))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between, 4 times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.out = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.out(F.gelu(self.up(x))))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig, sdpa: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attention = Attention(config, sdpa)
+        self.mlp_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(LanguageModel):
+    """Token and position embedding -> blocks -> norm -> head tied to the token embedding.
+
+    `backend="torch"` builds the same model on torch's embedding and attention: same parameter
+    names, same values from the same seed, interchangeable state_dict.
+    """
+
+    model_type: ClassVar[str] = "gpt"
+    config_class: ClassVar[type] = GPTConfig
+    carries_state: ClassVar[bool] = False
+
+    def __init__(self, config: GPTConfig, backend: Backend = "lmkern") -> None:
+        super().__init__()
+        check_backend(backend)
+        embedding: Any = nn.Embedding
+        sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
+        if backend == "lmkern":
+            import lmkern.functional
+            import lmkern.nn
+
+            embedding = lmkern.nn.Embedding
+            sdpa = lmkern.functional.scaled_dot_product_attention
+        self.config = config
+        self.token_embedding = embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Parameter(torch.empty(config.block_size, config.n_embd))
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, sdpa) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head.weight = self.token_embedding.weight
+        self._init_parameters()
+
+    def _init_parameters(self) -> None:
+        """N(0, 0.02); the 2 n_layer projections that add to the residual stream scaled down,
+        so that its variance at the top does not grow with the depth."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2:
+                scale = math.sqrt(2 * self.config.n_layer) if name.endswith("out.weight") else 1.0
+                nn.init.normal_(parameter, std=0.02 / scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def context_size(self) -> int:
+        return self.config.block_size
+
+    def init_state(self, batch_size: int) -> KVCache:
+        """An empty key-value cache for `batch_size` sequences, where the weights are."""
+        config = self.config
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        weight = self.position_embedding
+        return KVCache(
+            keys=[weight.new_zeros(shape) for _ in range(config.n_layer)],
+            values=[weight.new_zeros(shape) for _ in range(config.n_layer)],
+        )
+
+    def forward(
+        self, input_ids: Tensor, state: KVCache | None = None
+    ) -> tuple[Tensor, KVCache | None]:
+        """Logits of the next token at every position.
+
+        Args:
+            input_ids: [B, T] int64.
+            state: None (training: attend within `input_ids` only), or a cache from `init_state`,
+                to which the new keys and values are appended in place (inference only).
+
+        Returns:
+            logits [B, T, vocab_size] and `state`.
+
+        Raises:
+            ValueError, TypeError, IndexError: input_ids of wrong shape, dtype or range, or more
+                tokens than block_size together with those in the cache.
+        """
+        check_input_ids(input_ids, self.config.vocab_size)
+        batch, length = input_ids.shape
+        begin = 0 if state is None else state.length
+        if begin + length > self.config.block_size:
+            raise ValueError(
+                f"GPT: {begin} cached + {length} new tokens exceed "
+                f"block_size = {self.config.block_size}"
+            )
+        if state is not None and state.keys[0].shape[0] != batch:
+            raise ValueError(
+                f"GPT: state holds {state.keys[0].shape[0]} sequences, input_ids {batch}"
+            )
+        positions = self.position_embedding[begin : begin + length]
+        x = self.dropout(self.token_embedding(input_ids) + positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, state, layer)
+        if state is not None:
+            state.length += length
+        return self.head(self.norm(x)), state

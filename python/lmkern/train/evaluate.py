@@ -1,0 +1,79 @@
+"""Deterministic evaluation: mean loss and perplexity over a token array."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.batches import IGNORE, evaluation_batches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: mean cross entropy in nats per token; perplexity: its exponential; tokens: counted."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed float32 cross entropy of logits [B,T,V] and targets [B,T]; IGNORE counts nothing."""
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700.0 else math.inf
+
+
+def detached(state: Any) -> Any:
+    """A recurrent state without its graph; None stays None."""
+    return None if state is None else tuple(tensor.detach() for tensor in state)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokens: np.ndarray,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    carries_state: bool,
+    max_batches: int | None = None,
+) -> Evaluation:
+    """Mean loss over `tokens`, every one but the first predicted once (or `max_batches` batches).
+
+    A model that carries state reads the text as `batch_size` long lanes, its state handed on; a
+    model that does not sees windows of `sequence_length` tokens, each without what came before.
+
+    Raises:
+        ValueError: fewer than 2 tokens.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    # Summed on the device: asking for each batch's value would wait for it.
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    count = 0
+    state = None
+    try:
+        for batch in evaluation_batches(
+            tokens, sequence_length, batch_size, carries_state, max_batches
+        ):
+            logits, new_state = model(batch.inputs.to(device), None if batch.reset else state)
+            state = new_state if carries_state else None
+            total += token_loss(logits, batch.targets.to(device))
+            count += batch.num_tokens
+    finally:
+        model.train(was_training)
+    loss = total.item() / count
+    return Evaluation(loss, perplexity(loss), count)
