@@ -15,11 +15,11 @@ namespace {
 
 constexpr std::int64_t kKeyChunk = 4 * kKeyBlock;  // of keys, for one item of the split order
 
-template <class S>
+template <class S, int kVecs>
 struct BackwardPass {
   using T = Accumulate<S>;
   using Math = VecMath<T>;
-  static constexpr int kVecs = 4, kLane = kLanes<T>;
+  static constexpr int kLane = kLanes<T>;
   static constexpr std::int64_t kQueries = kVecs * kLane;
 
   const AttentionBackwardArgs& a;
@@ -29,17 +29,21 @@ struct BackwardPass {
   const std::int64_t depth_padded = (depth + kLane - 1) / kLane * kLane;
   const std::int64_t width_padded = (width + kLane - 1) / kLane * kLane;
 
-  struct Buffers {           // of one thread
-    T *q, *d_out, *out;      // [D][queries], [Dv][queries] twice; q scaled
-    T *q_rows, *d_out_rows;  // [queries][D padded], [queries][Dv padded]; q scaled
-    T* d_q;                  // [D][queries]
-    T *p, *d_s, *mask;       // [keys of a block][queries]
-    T *k, *v;                // converted blocks
-    T *d_k, *d_v;            // [keys][D padded], [keys][Dv padded]
+  const bool gather_k = must_gather<S>(a.k, true), gather_v = must_gather<S>(a.v, true);
+
+  struct Thread {
+    T *q, *d_out, *out;       // [D][queries], [Dv][queries] twice; q scaled
+    T *q_rows, *d_out_rows;   // [queries][D padded], [queries][Dv padded]; q scaled
+    T* d_q;                   // [D][queries]
+    T *p, *d_s, *mask;        // [keys of a block][queries]
+    T *d_k, *d_v;             // [keys][D padded], [keys][Dv padded]
+    T *k, *v;                 // [keys][D], [keys][Dv], where gathered
+    Operand<T> keys, values;  // of the head and the range of keys at hand
+    std::int64_t head = -1, first_key = -1;
   };
 
-  Buffers buffers(std::int64_t key_rows) const {
-    const bool convert = sizeof(S) != sizeof(T);
+  // key_rows: how many keys are at hand at a time; sum_rows: of how many d_k and d_v are summed.
+  Thread thread(std::int64_t key_rows, std::int64_t sum_rows) const {
     const std::int64_t sizes[] = {depth * kQueries,
                                   width * kQueries,
                                   width * kQueries,
@@ -49,23 +53,34 @@ struct BackwardPass {
                                   kKeyBlock * kQueries,
                                   kKeyBlock * kQueries,
                                   a.mask.defined() ? kKeyBlock * kQueries : 0,
-                                  convert ? kKeyBlock * depth_padded : 0,
-                                  convert ? kKeyBlock * width_padded : 0,
-                                  key_rows * depth_padded,
-                                  key_rows * width_padded};
+                                  sum_rows * depth_padded,
+                                  sum_rows * width_padded,
+                                  gather_k ? key_rows * depth : 0,
+                                  gather_v ? key_rows * width : 0};
     std::int64_t total = 0;
     for (std::int64_t size : sizes) total += size;
     T* at = static_cast<T*>(thread_scratch(total * sizeof(T)));
-    Buffers buffers;
-    T** const members[] = {&buffers.q,          &buffers.d_out, &buffers.out, &buffers.q_rows,
-                           &buffers.d_out_rows, &buffers.d_q,   &buffers.p,   &buffers.d_s,
-                           &buffers.mask,       &buffers.k,     &buffers.v,   &buffers.d_k,
-                           &buffers.d_v};
+    Thread own;
+    T** const members[] = {&own.q,   &own.d_out, &own.out, &own.q_rows, &own.d_out_rows,
+                           &own.d_q, &own.p,     &own.d_s, &own.mask,   &own.d_k,
+                           &own.d_v, &own.k,     &own.v};
     for (int i = 0; i < 13; ++i) {
       *members[i] = at;
       at += sizes[i];
     }
-    return buffers;
+    return own;
+  }
+
+  void load_keys(std::int64_t b, std::int64_t key_head, std::int64_t first_key,
+                 std::int64_t end_key, Thread& own) const {
+    const std::int64_t head = b * key_heads + key_head, count = end_key - first_key;
+    if (own.head == head && own.first_key == first_key) return;
+    own.head = head;
+    own.first_key = first_key;
+    own.keys =
+        operand(HeadRows<const S>(a.k, b, key_head), gather_k, first_key, count, depth, own.k);
+    own.values =
+        operand(HeadRows<const S>(a.v, b, key_head), gather_v, first_key, count, width, own.v);
   }
 
   // to[r][:] = scale * from[r][:], both padded to whole vectors with zeros.
@@ -113,24 +128,24 @@ struct BackwardPass {
 
   // One block of queries of head h against the keys [first_key, end_key).
   void block(std::int64_t b, std::int64_t h, std::int64_t query, std::int64_t first_key,
-             std::int64_t end_key, bool want_q, bool want_kv, const Buffers& buffer) const {
-    const HeadRows<const S> q(a.q, b, h), k(a.k, b, h / group), v(a.v, b, h / group);
+             std::int64_t end_key, bool want_q, bool want_kv, const Thread& own) const {
+    const HeadRows<const S> q(a.q, b, h);
     const HeadRows<const S> out(a.out, b, h), d_out(a.d_out, b, h);
     const std::int64_t count = queries - query < kQueries ? queries - query : kQueries;
     if (a.is_causal && query + count < end_key) end_key = query + count;
     if (first_key >= end_key && !want_q) return;
     const T scale = static_cast<T>(a.scale);
 
-    transpose_into(q.row(query), q.stride, count, kQueries, depth, buffer.q, kQueries);
+    transpose_into(q.row(query), q.stride, count, kQueries, depth, own.q, kQueries);
     for (std::int64_t i = 0; i < depth * kQueries; i += kLane)
-      store(buffer.q + i, load(buffer.q + i) * scale);
-    transpose_into(d_out.row(query), d_out.stride, count, kQueries, width, buffer.d_out, kQueries);
+      store(own.q + i, load(own.q + i) * scale);
+    transpose_into(d_out.row(query), d_out.stride, count, kQueries, width, own.d_out, kQueries);
     if (want_kv) {
-      copy_rows(q, query, count, depth, depth_padded, scale, buffer.q_rows);
-      copy_rows(d_out, query, count, width, width_padded, T(1), buffer.d_out_rows);
+      copy_rows(q, query, count, depth, depth_padded, scale, own.q_rows);
+      copy_rows(d_out, query, count, width, width_padded, T(1), own.d_out_rows);
     }
     if (want_q)
-      for (std::int64_t i = 0; i < depth * kQueries; i += kLane) store(buffer.d_q + i, Vec<T>{});
+      for (std::int64_t i = 0; i < depth * kQueries; i += kLane) store(own.d_q + i, Vec<T>{});
 
     // Lanes beyond the last query, and queries that see no key, get lse = +inf: their P is zero.
     const T* const lse_row = a.lse.ptr<const T>() + (b * heads + h) * queries + query;
@@ -142,58 +157,58 @@ struct BackwardPass {
     // delta is summed over d in the order of d_P's chain: where one key has all the weight, out is
     // its v, and d_P - delta is exactly zero instead of a rounding error times a large k.
     Vec<T> lse[kVecs], delta[kVecs];
-    transpose_into(out.row(query), out.stride, count, kQueries, width, buffer.out, kQueries);
+    transpose_into(out.row(query), out.stride, count, kQueries, width, own.out, kQueries);
     for (int n = 0; n < kVecs; ++n) {
       lse[n] = load(lse_lanes + n * kLane);
       delta[n] = Vec<T>{};
       for (std::int64_t d = 0; d < width; ++d) {
         const std::int64_t at = d * kQueries + n * kLane;
-        delta[n] += load(buffer.out + at) * load(buffer.d_out + at);
+        delta[n] += load(own.out + at) * load(own.d_out + at);
       }
     }
 
     for (std::int64_t key = first_key; key < end_key; key += kKeyBlock) {
       const std::int64_t n_keys = end_key - key < kKeyBlock ? end_key - key : kKeyBlock;
       if (a.mask.defined() &&
-          !load_mask(a.mask, b, h, query, count, kQueries, key, n_keys, buffer.mask))
+          !load_mask(a.mask, b, h, query, count, kQueries, key, n_keys, own.mask))
         continue;
-      const Operand<T> k_block = operand(k, key, n_keys, depth, buffer.k);
-      const Operand<T> v_block = operand(v, key, n_keys, width, buffer.v);
-      score_tile<kVecs>(k_block, depth, buffer.q, a.mask.defined() ? buffer.mask : nullptr,
+      const Operand<T> k_block = own.keys.from(key - first_key);
+      const Operand<T> v_block = own.values.from(key - first_key);
+      score_tile<kVecs>(k_block, depth, own.q, a.mask.defined() ? own.mask : nullptr,
                         a.is_causal && key + n_keys - 1 > query, query, key, n_keys,
                         [&](std::int64_t j, Vec<T>(&score)[kVecs]) __attribute__((always_inline)) {
                           LMKERN_UNROLL
                           for (int n = 0; n < kVecs; ++n)
-                            store(buffer.p + j * kQueries + n * kLane,
+                            store(own.p + j * kQueries + n * kLane,
                                   Math::exp_nonpositive(score[n] - lse[n]));
                         });
-      score_tile<kVecs>(v_block, width, buffer.d_out, static_cast<const T*>(nullptr), false, query,
+      score_tile<kVecs>(v_block, width, own.d_out, static_cast<const T*>(nullptr), false, query,
                         key, n_keys,
                         [&](std::int64_t j, Vec<T>(&d_p)[kVecs]) __attribute__((always_inline)) {
                           LMKERN_UNROLL
                           for (int n = 0; n < kVecs; ++n) {
                             const std::int64_t at = j * kQueries + n * kLane;
-                            store(buffer.d_s + at, load(buffer.p + at) * (d_p[n] - delta[n]));
+                            store(own.d_s + at, load(own.p + at) * (d_p[n] - delta[n]));
                           }
                         });
       if (want_kv) {
-        add_all_products(buffer.p, n_keys, buffer.d_out_rows, count, width_padded,
-                         buffer.d_v + (key - first_key) * width_padded);
-        add_all_products(buffer.d_s, n_keys, buffer.q_rows, count, depth_padded,
-                         buffer.d_k + (key - first_key) * depth_padded);
+        add_all_products(own.p, n_keys, own.d_out_rows, count, width_padded,
+                         own.d_v + (key - first_key) * width_padded);
+        add_all_products(own.d_s, n_keys, own.q_rows, count, depth_padded,
+                         own.d_k + (key - first_key) * depth_padded);
       }
       if (want_q)
         for_row_tiles<kTileRows<kVecs>>(
             depth, [&](std::int64_t d, auto tile) __attribute__((always_inline)) {
               constexpr int M = decltype(tile)::value;
               Vec<T> acc[M][kVecs];
-              T* const to = buffer.d_q + d * kQueries;
+              T* const to = own.d_q + d * kQueries;
               LMKERN_UNROLL
               for (int m = 0; m < M; ++m) {
                 LMKERN_UNROLL
                 for (int n = 0; n < kVecs; ++n) acc[m][n] = load(to + m * kQueries + n * kLane);
               }
-              multiply_tile<M, kVecs, T>(n_keys, k_block.data + d, 1, k_block.stride, buffer.d_s,
+              multiply_tile<M, kVecs, T>(n_keys, k_block.data + d, 1, k_block.stride, own.d_s,
                                          kQueries, acc);
               LMKERN_UNROLL
               for (int m = 0; m < M; ++m) {
@@ -204,29 +219,30 @@ struct BackwardPass {
     }
     if (want_q) {
       for (std::int64_t i = 0; i < depth * kQueries; i += kLane)
-        store(buffer.d_q + i, load(buffer.d_q + i) * scale);
+        store(own.d_q + i, load(own.d_q + i) * scale);
       const HeadRows<S> d_q(a.d_q, b, h);
-      transpose_from(buffer.d_q, kQueries, count, depth, d_q.row(query), d_q.stride);
+      transpose_from(own.d_q, kQueries, count, depth, d_q.row(query), d_q.stride);
     }
   }
 
   // d_k and d_v of the keys [first_key, end_key) of one key head, from all queries that see them;
   // and, if want_q, the d_q of those queries, for which the keys must be all keys.
   void key_rows(std::int64_t b, std::int64_t key_head, std::int64_t first_key, std::int64_t end_key,
-                bool want_q, const Buffers& buffer) const {
+                bool want_q, Thread& own) const {
     const std::int64_t rows = end_key - first_key;
-    for (std::int64_t i = 0; i < rows * depth_padded; i += kLane) store(buffer.d_k + i, Vec<T>{});
-    for (std::int64_t i = 0; i < rows * width_padded; i += kLane) store(buffer.d_v + i, Vec<T>{});
+    load_keys(b, key_head, first_key, end_key, own);
+    for (std::int64_t i = 0; i < rows * depth_padded; i += kLane) store(own.d_k + i, Vec<T>{});
+    for (std::int64_t i = 0; i < rows * width_padded; i += kLane) store(own.d_v + i, Vec<T>{});
     for (std::int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
       for (std::int64_t query = 0; query < queries; query += kQueries)
-        block(b, h, query, first_key, end_key, want_q, true, buffer);
+        block(b, h, query, first_key, end_key, want_q, true, own);
     const HeadRows<S> d_k(a.d_k, b, key_head), d_v(a.d_v, b, key_head);
     for (std::int64_t j = 0; j < rows; ++j) {
       for (std::int64_t c = 0; c < depth; c += kLane)
-        store_n(d_k.row(first_key + j) + c, load(buffer.d_k + j * depth_padded + c),
+        store_n(d_k.row(first_key + j) + c, load(own.d_k + j * depth_padded + c),
                 depth - c < kLane ? depth - c : kLane);
       for (std::int64_t c = 0; c < width; c += kLane)
-        store_n(d_v.row(first_key + j) + c, load(buffer.d_v + j * width_padded + c),
+        store_n(d_v.row(first_key + j) + c, load(own.d_v + j * width_padded + c),
                 width - c < kLane ? width - c : kLane);
     }
   }
@@ -246,9 +262,9 @@ struct BackwardPass {
   void whole_heads(std::int64_t items, int threads) const {
     WorkQueue queue(items);
     parallel(threads, [&](int, int) {
-      const Buffers buffer = buffers(keys);
+      Thread own = thread(keys, keys);
       for (std::int64_t item; queue.next(&item);)
-        key_rows(item / key_heads, item % key_heads, 0, keys, true, buffer);
+        key_rows(item / key_heads, item % key_heads, 0, keys, true, own);
     });
   }
 
@@ -259,16 +275,15 @@ struct BackwardPass {
     const std::int64_t kv_items = a.q.shape[0] * key_heads * chunks;
     WorkQueue queue(q_items + kv_items);
     parallel(threads, [&](int, int) {
-      const Buffers buffer = buffers(kKeyChunk);
+      Thread own = thread(keys, kKeyChunk);
       for (std::int64_t item; queue.next(&item);) {
         if (item < kv_items) {  // the longer ones first
           const std::int64_t head = item / chunks, first = item % chunks * kKeyChunk;
           key_rows(head / key_heads, head % key_heads, first,
-                   first + kKeyChunk < keys ? first + kKeyChunk : keys, false, buffer);
+                   first + kKeyChunk < keys ? first + kKeyChunk : keys, false, own);
         } else {
           const std::int64_t head = (item - kv_items) / blocks, i = (item - kv_items) % blocks;
-          block(head / heads, head % heads, (blocks - 1 - i) * kQueries, 0, keys, true, false,
-                buffer);
+          block(head / heads, head % heads, (blocks - 1 - i) * kQueries, 0, keys, true, false, own);
         }
       }
     });
@@ -278,8 +293,12 @@ struct BackwardPass {
 }  // namespace
 
 void attention_backward(const AttentionBackwardArgs& a) {
-  dispatch_float_types(a.q.dtype,
-                       [&](auto tag) { BackwardPass<typename decltype(tag)::type>(a).run(); });
+  dispatch_float_types(a.q.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    with_query_vectors<Accumulate<S>>(a.q.shape[2], a.is_causal, [&](auto vectors) {
+      BackwardPass<S, decltype(vectors)::value>(a).run();
+    });
+  });
 }
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE
