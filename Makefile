@@ -12,6 +12,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+# On x86 also the 16-lane code for hardware without AVX-512 (cmake/Isa.cmake).
+DEV_ISAS := $(if $(filter x86_64,$(shell uname -m)),baseline;avx2;avx2wide;avx512)
 BUILD_FILES := $(CXX_FILES) CMakeLists.txt $(wildcard cmake/*.cmake) pyproject.toml python/lmkern/_version.py
 
 .PHONY: demo test test-long test-asan bench lint fmt wheel clean build check-tools
@@ -69,7 +71,7 @@ $(VENV)/.tools: pyproject.toml constraints.txt | check-tools
 $(VENV)/.built: $(BUILD_FILES) $(VENV)/.tools
 	@echo 'building the kernels and installing the development environment ...'
 	@$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e '.[dev]' \
-		-C build-dir=build/dev -C cmake.define.LMKERN_TEST_ISA=ON
+		-C build-dir=build/dev -C 'cmake.define.LMKERN_ISAS=$(DEV_ISAS)'
 	@touch $@
 
 # The kernels' own tests against a build with AddressSanitizer and UndefinedBehaviorSanitizer. Its
@@ -82,7 +84,7 @@ test-asan: build
 	@echo 'building the kernels with sanitizers ...'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)-asan/bin/python -m pip install -q --no-build-isolation --no-deps \
 		--force-reinstall . -C build-dir=build/asan -C cmake.build-type=RelWithDebInfo \
-		-C cmake.define.LMKERN_TEST_ISA=ON -C cmake.define.LMKERN_SANITIZE=address,undefined
-	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		-C 'cmake.define.LMKERN_ISAS=baseline;avx2' -C cmake.define.LMKERN_SANITIZE=address,undefined
+	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(VENV)-asan/bin/python -m pytest $(ASAN_TESTS) -q $(ARGS)
+		$(VENV)-asan/bin/python -m pytest $(ASAN_TESTS) -q -s $(ARGS)  # -s: a report would die with the process

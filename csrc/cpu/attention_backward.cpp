@@ -39,7 +39,7 @@ struct BackwardPass {
     T *d_k, *d_v;             // [keys][D padded], [keys][Dv padded]
     T *k, *v;                 // [keys][D], [keys][Dv], where gathered
     Operand<T> keys, values;  // of the head and the range of keys at hand
-    std::int64_t head = -1, first_key = -1;
+    std::int64_t head = -1, first_key = -1, end_key = -1;
   };
 
   // key_rows: how many keys are at hand at a time; sum_rows: of how many d_k and d_v are summed.
@@ -74,9 +74,10 @@ struct BackwardPass {
   void load_keys(std::int64_t b, std::int64_t key_head, std::int64_t first_key,
                  std::int64_t end_key, Thread& own) const {
     const std::int64_t head = b * key_heads + key_head, count = end_key - first_key;
-    if (own.head == head && own.first_key == first_key) return;
+    if (own.head == head && own.first_key == first_key && own.end_key == end_key) return;
     own.head = head;
     own.first_key = first_key;
+    own.end_key = end_key;
     own.keys =
         operand(HeadRows<const S>(a.k, b, key_head), gather_k, first_key, count, depth, own.k);
     own.values =
@@ -283,6 +284,7 @@ struct BackwardPass {
                    first + kKeyChunk < keys ? first + kKeyChunk : keys, false, own);
         } else {
           const std::int64_t head = (item - kv_items) / blocks, i = (item - kv_items) % blocks;
+          load_keys(head / heads, head % heads / group, 0, keys, own);
           block(head / heads, head % heads, (blocks - 1 - i) * kQueries, 0, keys, true, false, own);
         }
       }

@@ -141,19 +141,7 @@ def scaled_dot_product_attention(
         repeat = heads // key_heads
     else:
         repeat = 1
-    try:
-        lead = torch.broadcast_shapes(
-            *(x.shape[:-3] for x in (query, key, value)),
-        )
-        if repeat == 1:
-            heads = key_heads = torch.broadcast_shapes(
-                *(x.shape[-3:-2] for x in (query, key, value))
-            ).numel()
-    except RuntimeError:
-        raise ValueError(
-            f"{op}: leading dimensions must broadcast (set enable_gqa for grouped heads), got query "
-            f"{list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
-        ) from None
+    lead, heads, key_heads = _leading(op, query, key, value, repeat)
     if attn_mask is not None:
         if attn_mask.dtype != torch.bool:
             if not attn_mask.is_floating_point():
@@ -183,21 +171,45 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
 
-    def as_heads(x: Tensor, n: int) -> Tensor:  # [B, heads, length, width]
-        x = x.expand(*lead, n, *x.shape[-2:])
-        return x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:])
-
-    q, k, v = as_heads(query, heads), as_heads(key, key_heads), as_heads(value, key_heads)
-    mask = None if attn_mask is None else as_heads(attn_mask, heads)
-    factor = 1 / math.sqrt(depth) if scale is None and depth > 0 else float(scale or 0.0)
+    q, k, v = (
+        _as_heads(x, lead, n) for x, n in ((query, heads), (key, key_heads), (value, key_heads))
+    )
+    mask = None if attn_mask is None else _as_heads(attn_mask, lead, heads)
+    factor = float(scale) if scale is not None else 1 / math.sqrt(max(depth, 1))
     if needs_grad(q, k, v):
         out = AttentionFunction.apply(q, k, v, mask, factor, is_causal)
     else:
         out, _ = torch.ops.lmkern.attention_forward(q, k, v, mask, factor, is_causal)
-    if out.dim() == len(lead) + 3 and max(query.dim(), key.dim(), value.dim()) > 2:
-        return out
     ranks = max(query.dim(), key.dim(), value.dim())
-    return out.reshape(*lead, heads, queries, width) if ranks > 2 else out.reshape(queries, width)
+    return out if ranks == 4 else out.reshape((*lead, heads, queries, width)[-ranks:])
+
+
+def _leading(
+    op: str, query: Tensor, key: Tensor, value: Tensor, repeat: int
+) -> tuple[tuple[int, ...], int, int]:
+    """The broadcast leading dimensions without heads, the heads of query, and those of key."""
+    shapes = [x.shape[:-2] for x in (query, key, value)]
+    same = shapes[0][:-1] == shapes[1][:-1] == shapes[2][:-1]
+    if same and len(shapes[0]) > 0 and (repeat > 1 or shapes[0] == shapes[1] == shapes[2]):
+        return tuple(shapes[0][:-1]), shapes[0][-1], shapes[1][-1]  # torch.broadcast_shapes is slow
+    heads, key_heads = (s[-1] if len(s) else 1 for s in shapes[:2])
+    try:
+        lead = tuple(torch.broadcast_shapes(*(s[:-1] for s in shapes)))
+        if repeat == 1:
+            heads = key_heads = (*torch.broadcast_shapes(*(s[-1:] for s in shapes)), 1)[0]
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: leading dimensions must broadcast (set enable_gqa for grouped heads), got query "
+            f"{list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+        ) from None
+    return lead, heads, key_heads
+
+
+def _as_heads(x: Tensor, lead: tuple[int, ...], heads: int) -> Tensor:
+    """x as [B, heads, length, width], without a copy where its leading dimensions are those already."""
+    if x.dim() == 4 and x.shape[:2] == (*lead, heads):
+        return x
+    return x.expand(*lead, heads, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
 
 
 def embedding(
