@@ -71,7 +71,9 @@ const Kernels& kernels() {
   const Kernels* table = chosen.load(std::memory_order_acquire);
   if (table == nullptr) {  // racing first calls choose the same table
     const char* wanted = std::getenv("LMKERN_ISA");
-    table = wanted != nullptr && *wanted != '\0' ? find(wanted) : supported().back();
+    const auto tables = supported();
+    if (tables.empty()) throw std::runtime_error("lmkern was not built for this processor");
+    table = wanted != nullptr && *wanted != '\0' ? find(wanted) : tables.back();
     chosen.store(table, std::memory_order_release);
   }
   return *table;

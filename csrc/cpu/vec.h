@@ -24,12 +24,14 @@ template <>
 struct VecTypes<float> {
   typedef float Value __attribute__((vector_size(kVecBytes)));
   typedef std::int32_t Int __attribute__((vector_size(kVecBytes)));
+  typedef std::uint32_t Word __attribute__((vector_size(kVecBytes)));
   using IntLane = std::int32_t;
 };
 template <>
 struct VecTypes<double> {
   typedef double Value __attribute__((vector_size(kVecBytes)));
   typedef std::int64_t Int __attribute__((vector_size(kVecBytes)));
+  typedef std::uint64_t Word __attribute__((vector_size(kVecBytes)));
   using IntLane = std::int64_t;
 };
 
@@ -37,6 +39,8 @@ template <class T>
 using Vec = typename VecTypes<T>::Value;
 template <class T>
 using IntVec = typename VecTypes<T>::Int;  // also the type of a comparison's result
+template <class T>
+using WordVec = typename VecTypes<T>::Word;  // bit patterns: its arithmetic may wrap around
 template <class T>
 inline constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(T));
 
@@ -76,7 +80,7 @@ LMKERN_INLINE void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeo
 LMKERN_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
 
 typedef std::uint16_t HalfWords __attribute__((vector_size(kVecBytes / 2)));
-typedef std::uint32_t Words __attribute__((vector_size(kVecBytes)));
+using Words = WordVec<float>;
 
 LMKERN_INLINE Vec<float> load(const bfloat16* p) {
   HalfWords half;

@@ -20,8 +20,7 @@ struct MathTables;
 
 template <>
 struct MathTables<float> {
-  using Lane = std::int32_t;
-  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr unsigned kMantissa = 23, kBias = 127;
   static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer in the low bits
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kExpMax = 89.0f, kExpMin = -104.0f;
@@ -40,8 +39,7 @@ struct MathTables<float> {
 
 template <>
 struct MathTables<double> {
-  using Lane = std::int64_t;
-  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr unsigned kMantissa = 52, kBias = 1023;
   static constexpr double kRound = 0x1.8p52;
   static constexpr double kLn2High = 0x1.62e42fee00000p-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr double kExpMax = 710.0, kExpMin = -746.0;
@@ -88,17 +86,17 @@ template <class T>
 struct VecMath {
   using V = Vec<T>;
   using I = IntVec<T>;
+  using W = WordVec<T>;  // a NaN's bits may be anything, so all integer arithmetic is on these
   using C = MathTables<T>;
-  using Lane = typename C::Lane;
 
   // 2^n for n in the range of normal exponents.
-  static LMKERN_INLINE V exp2_int(I n) { return (V)((n + Lane{C::kBias}) << C::kMantissa); }
+  static LMKERN_INLINE V exp2_int(I n) { return (V)(((W)n + C::kBias) << C::kMantissa); }
 
   // x = n ln2 + r. Returns r and e^r - 1; n comes as an integer. |x| must be moderate.
   static LMKERN_INLINE V expm1_reduced(V x, I& n) {
     const V shifted = x * T(1.44269504088896340736) + C::kRound;
     const V n_value = shifted - C::kRound;
-    n = (I)shifted - (I)splat<T>(C::kRound);
+    n = (I)((W)shifted - (W)splat<T>(C::kRound));
     const V r = (x - n_value * C::kLn2High) - n_value * C::kLn2Low;
     return r + r * r * polynomial<T>(r, C::kExp);
   }
@@ -110,7 +108,7 @@ struct VecMath {
     I n;
     const V mantissa = expm1_reduced(clamped, n) + T(1);
     const I half = n >> 1;  // in two factors, since 2^n alone overflows before e^x does
-    return mantissa * exp2_int(half) * exp2_int(n - half);
+    return mantissa * exp2_int(half) * exp2_int((I)((W)n - (W)half));
   }
 
   // For x <= 0 only, with results below the normals flushed to zero: the softmax's exp, cheaper.
@@ -127,10 +125,10 @@ struct VecMath {
     const auto denormal = x < C::kMinNormal;
     const V scaled = denormal ? x * C::kDenormalScale : x;
     // The exponent such that the mantissa lies in [sqrt(1/2), sqrt(2)).
-    const I sqrt_half = (I)splat<T>(T(0.70710678118654752440));
-    const I n = ((I)scaled - sqrt_half) >> C::kMantissa;
-    const V mantissa = (V)((I)scaled - (n << C::kMantissa));
-    V n_value = (V)(n + (I)splat<T>(C::kRound)) - C::kRound;
+    const W sqrt_half = (W)splat<T>(T(0.70710678118654752440));
+    const I n = (I)((W)scaled - sqrt_half) >> C::kMantissa;  // keeps the sign
+    const V mantissa = (V)((W)scaled - ((W)n << C::kMantissa));
+    V n_value = (V)((W)n + (W)splat<T>(C::kRound)) - C::kRound;
     n_value = denormal ? n_value - T(C::kDenormalShift) : n_value;
     const V f = mantissa - T(1), s = f / (f + T(2)), z = s * s;
     const V half_square = T(0.5) * f * f;
