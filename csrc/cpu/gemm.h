@@ -70,4 +70,44 @@ LMKERN_INLINE void for_row_tiles(std::int64_t rows, const F& f) {
   }
 }
 
+// Multiplies rows of a (neighbouring elements along k) with one packed panel, b[k][N vectors], and
+// calls f(first_row, acc, Rows<M>{}) for each tile. A panel that is larger than the L1 cache is
+// taken in slices, each for all tiles before the next, so that it comes from L2 once and not once
+// for each tile; partial[rows][N vectors] holds the tiles in between.
+template <int N, class T, class F>
+LMKERN_INLINE void multiply_panel(std::int64_t rows, std::int64_t depth, const T* a,
+                                  std::int64_t a_m, const T* b, T* partial, const F& f) {
+  constexpr std::int64_t kRow = N * kLanes<T>, kSlice = (24 << 10) / (kRow * sizeof(T));
+  const std::int64_t slice = rows > kTileRows<N> && depth > kSlice ? kSlice : depth;
+  std::int64_t k = 0;
+  do {  // once even at depth 0, where tiles are zero
+    const std::int64_t end = k + slice < depth ? k + slice : depth;
+    for_row_tiles<kTileRows<N>>(
+        rows, [&](std::int64_t row, auto tile) __attribute__((always_inline)) {
+          constexpr int M = decltype(tile)::value;
+          Vec<T> acc[M][N] = {};
+          if (k > 0) {
+            LMKERN_UNROLL
+            for (int m = 0; m < M; ++m) {
+              LMKERN_UNROLL
+              for (int n = 0; n < N; ++n)
+                acc[m][n] = load(partial + (row + m) * kRow + n * kLanes<T>);
+            }
+          }
+          multiply_tile<M, N, T>(end - k, a + row * a_m + k, a_m, 1, b + k * kRow, kRow, acc);
+          if (end == depth) {
+            f(row, acc, tile);
+          } else {
+            LMKERN_UNROLL
+            for (int m = 0; m < M; ++m) {
+              LMKERN_UNROLL
+              for (int n = 0; n < N; ++n)
+                store(partial + (row + m) * kRow + n * kLanes<T>, acc[m][n]);
+            }
+          }
+        });
+    k = end;
+  } while (k < depth);
+}
+
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

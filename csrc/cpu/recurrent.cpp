@@ -30,15 +30,22 @@ struct ForwardPass {
   const LstmForwardArgs& a;
   const std::int64_t steps = a.gates.shape[0], batch = a.gates.shape[1], hidden = a.w_hh.shape[1];
   const std::int64_t panels = (hidden + kUnits - 1) / kUnits, padded = panels * kUnits;
-  T *packed, *h[2],
-      *c;  // [panels][H][gates][units], [B][padded] (before and after a step), [B][padded]
+  const RecurrentPlan plan{steps, batch, panels,
+                           panels * hidden * kPanelRow * static_cast<std::int64_t>(sizeof(T)),
+                           2 * batch * kGates * hidden * hidden};
+  T* packed;   // [panels][H][gates][units]
+  T* h[2];     // [B][padded], before and after a step
+  T* c;        // [B][padded]
+  T* partial;  // [threads][B][gates][units], for multiply_panel
 
   explicit ForwardPass(const LstmForwardArgs& args) : a(args) {
     const std::int64_t weights = panels * hidden * kPanelRow, state = batch * padded;
-    packed = static_cast<T*>(thread_scratch((weights + 3 * state) * sizeof(T)));
+    const std::int64_t tiles = plan.threads * batch * kPanelRow;
+    packed = static_cast<T*>(thread_scratch((weights + 3 * state + tiles) * sizeof(T)));
     h[0] = packed + weights;
     h[1] = h[0] + state;
     c = h[1] + state;
+    partial = c + state;
   }
 
   std::int64_t units_of(std::int64_t panel) const {
@@ -75,7 +82,7 @@ struct ForwardPass {
       }
   }
 
-  void step(std::int64_t s, Range rows, Range own) const {
+  void step(std::int64_t s, Range rows, Range own, T* tiles) const {
     const std::int64_t t = a.reverse ? steps - 1 - s : s;
     const T* h_prev = h[s % 2];
     T* h_next = h[(s + 1) % 2];
@@ -85,36 +92,33 @@ struct ForwardPass {
     for (std::int64_t p = own.begin; p < own.end; ++p) {
       const std::int64_t u = p * kUnits, n = units_of(p);
       const T* panel = packed + p * hidden * kPanelRow;
-      for_row_tiles<kTileRows<kGates>>(rows.end - rows.begin, [&](std::int64_t row, auto tile) {
-        constexpr int M = decltype(tile)::value;
-        const std::int64_t b0 = rows.begin + row;
-        Vec<T> acc[M][kGates] = {};
-        if (recurs(s))
-          multiply_tile<M, kGates, T>(hidden, h_prev + b0 * padded, padded, 1, panel, kPanelRow,
-                                      acc);
-        for (int m = 0; m < M; ++m) {
-          const std::int64_t b = b0 + m, at = b * hidden + u;
-          S* const gate = gates + b * kGates * hidden + u;
-          Vec<T> activation[kGates], c_next, h_now;
-          LMKERN_UNROLL
-          for (int g = 0; g < kGates; ++g) activation[g] = acc[m][g] + load_n(gate + g * hidden, n);
-          Cell::forward(activation, load(c + b * padded + u), c_next, h_now);
-          store(c + b * padded + u, c_next);
-          store(h_next + b * padded + u, h_now);
-          store_n(y + at, h_now, n);
-          if (cells != nullptr) {
-            store_n(cells + at, c_next, n);
-            LMKERN_UNROLL
-            for (int g = 0; g < kGates; ++g) store_n(gate + g * hidden, activation[g], n);
-          }
-        }
-      });
+      multiply_panel<kGates, T>(
+          rows.end - rows.begin, recurs(s) ? hidden : 0, h_prev + rows.begin * padded, padded,
+          panel, tiles, [&](std::int64_t row, auto& acc, auto tile) {
+            constexpr int M = decltype(tile)::value;
+            const std::int64_t b0 = rows.begin + row;
+            for (int m = 0; m < M; ++m) {
+              const std::int64_t b = b0 + m, at = b * hidden + u;
+              S* const gate = gates + b * kGates * hidden + u;
+              Vec<T> activation[kGates], c_next, h_now;
+              LMKERN_UNROLL
+              for (int g = 0; g < kGates; ++g)
+                activation[g] = acc[m][g] + load_n(gate + g * hidden, n);
+              Cell::forward(activation, load(c + b * padded + u), c_next, h_now);
+              store(c + b * padded + u, c_next);
+              store(h_next + b * padded + u, h_now);
+              store_n(y + at, h_now, n);
+              if (cells != nullptr) {
+                store_n(cells + at, c_next, n);
+                LMKERN_UNROLL
+                for (int g = 0; g < kGates; ++g) store_n(gate + g * hidden, activation[g], n);
+              }
+            }
+          });
     }
   }
 
   void run() const {
-    const RecurrentPlan plan(steps, batch, panels, panels * hidden * kPanelRow * sizeof(T),
-                             2 * batch * kGates * hidden * hidden);
     Barrier barrier;
     parallel(plan.threads, [&](int thread, int threads) {
       const Range rows = plan.rows_of(thread, threads), own = plan.panels_of(thread, threads);
@@ -123,7 +127,7 @@ struct ForwardPass {
       load_state(rows, own);
       barrier.wait(threads);
       for (std::int64_t s = 0; s < steps; ++s) {
-        step(s, rows, own);
+        step(s, rows, own, partial + thread * batch * kPanelRow);
         if (!plan.by_rows) barrier.wait(threads);
       }
       store_state(rows, own);

@@ -29,15 +29,22 @@ struct BackwardPass {
   const std::int64_t steps = a.gates.shape[0], batch = a.gates.shape[1], hidden = a.w_hh.shape[1];
   const std::int64_t panels = (hidden + kUnits - 1) / kUnits, padded = panels * kUnits;
   const std::int64_t depth = kGates * hidden;
-  T *packed, *d_gates[2],
-      *d_c;  // [panels][4H][units], [B][4H] (of this and the next step), [B][padded]
+  const RecurrentPlan plan{steps, batch, panels,
+                           panels * depth * kUnits * static_cast<std::int64_t>(sizeof(T)),
+                           2 * batch * depth * hidden};
+  T* packed;      // [panels][4H][units]
+  T* d_gates[2];  // [B][4H], of this and the later step
+  T* d_c;         // [B][padded]
+  T* partial;     // [threads][B][units], for multiply_panel
 
   explicit BackwardPass(const LstmBackwardArgs& args) : a(args) {
-    const std::int64_t weights = panels * depth * kUnits;
-    packed = static_cast<T*>(thread_scratch((weights + batch * (2 * depth + padded)) * sizeof(T)));
+    const std::int64_t weights = panels * depth * kUnits, tiles = plan.threads * batch * kUnits;
+    packed = static_cast<T*>(
+        thread_scratch((weights + batch * (2 * depth + padded) + tiles) * sizeof(T)));
     d_gates[0] = packed + weights;
     d_gates[1] = d_gates[0] + batch * depth;
     d_c = d_gates[1] + batch * depth;
+    partial = d_c + batch * padded;
   }
 
   // Valid units of vector v of a panel: 0 to kLane.
@@ -59,60 +66,48 @@ struct BackwardPass {
     return view.defined() ? load_n(view.ptr<const S>() + at, n) : Vec<T>{};
   }
 
-  // Calls f(b, unit, valid units, d_h from the later step) for each vector of units of `own`.
-  // s: the step whose d_h is wanted.
-  template <class F>
-  void for_each_d_h(std::int64_t s, Range rows, Range own, const F& f) const {
-    const T* const next = d_gates[(s + 1) & 1];
-    for (std::int64_t p = own.begin; p < own.end; ++p) {
-      const T* panel = packed + p * depth * kUnits;
-      for_row_tiles<kTileRows<kVecs>>(rows.end - rows.begin, [&](std::int64_t row, auto tile) {
-        constexpr int M = decltype(tile)::value;
-        const std::int64_t b0 = rows.begin + row;
-        Vec<T> acc[M][kVecs] = {};
-        if (s + 1 < steps) {
-          multiply_tile<M, kVecs, T>(depth, next + b0 * depth, depth, 1, panel, kUnits, acc);
-        } else {
-          for (int m = 0; m < M; ++m)
-            for (int v = 0; v < kVecs; ++v)
-              acc[m][v] = load_optional(a.d_h_n, (b0 + m) * hidden + p * kUnits + v * kLane,
-                                        units_of(p, v));
-        }
-        for (int m = 0; m < M; ++m)
-          for (int v = 0; v < kVecs; ++v)
-            if (const std::int64_t n = units_of(p, v); n > 0)
-              f(b0 + m, p * kUnits + v * kLane, n, acc[m][v]);
-      });
+  // tiles: this thread's part of `partial`.
+  void step(std::int64_t s, Range rows, Range own, T* tiles) const {
+    const std::int64_t t = a.reverse ? steps - 1 - s : s;
+    const bool last = s + 1 == steps;
+    const T* const later = d_gates[(s + 1) & 1] + rows.begin * depth;
+    for (std::int64_t p = own.begin; p < own.end; ++p)
+      multiply_panel<kVecs, T>(
+          rows.end - rows.begin, last ? 0 : depth, later, depth, packed + p * depth * kUnits, tiles,
+          [&](std::int64_t row, auto& d_h, auto tile) {
+            for (int m = 0; m < decltype(tile)::value; ++m)
+              for (int v = 0; v < kVecs; ++v)
+                if (const std::int64_t n = units_of(p, v); n > 0) {
+                  const std::int64_t b = rows.begin + row + m, u = p * kUnits + v * kLane;
+                  if (last) d_h[m][v] = load_optional(a.d_h_n, b * hidden + u, n);
+                  unit_gradient(s, t, b, u, n, d_h[m][v]);
+                }
+          });
+  }
+
+  // The cell's gradient for n units from u on, at step s (time t); d_h is what the later step gave.
+  void unit_gradient(std::int64_t s, std::int64_t t, std::int64_t b, std::int64_t u, std::int64_t n,
+                     Vec<T> d_h) const {
+    const std::int64_t at = (t * batch + b) * hidden + u, gates_at = (t * batch + b) * depth + u;
+    const std::int64_t before = at + (a.reverse ? batch : -batch) * hidden;
+    const Vec<T> c_prev =
+        s > 0 ? load_n(a.cells.ptr<const T>() + before, n) : load_optional(a.c0, b * hidden + u, n);
+    const Vec<T> c = load_n(a.cells.ptr<const T>() + at, n);
+    T* const d_c_at = d_c + b * padded + u;
+    Vec<T> gates[kGates], d_c_now = load(d_c_at);
+    LMKERN_UNROLL
+    for (int g = 0; g < kGates; ++g)
+      gates[g] = load_n(a.gates.ptr<const S>() + gates_at + g * hidden, n);
+    Cell::backward(gates, c_prev, c, d_h + load_optional(a.d_y, at, n), d_c_now);
+    store(d_c_at, d_c_now);
+    LMKERN_UNROLL
+    for (int g = 0; g < kGates; ++g) {
+      store_n(d_gates[s & 1] + b * depth + u + g * hidden, gates[g], n);
+      store_n(a.d_gates.ptr<S>() + gates_at + g * hidden, gates[g], n);
     }
   }
 
-  void step(std::int64_t s, Range rows, Range own) const {
-    const std::int64_t t = a.reverse ? steps - 1 - s : s, t_prev = a.reverse ? t + 1 : t - 1;
-    const std::int64_t cells_at = t * batch * hidden, gates_at = t * batch * depth;
-    T* const now = d_gates[s & 1];
-    for_each_d_h(s, rows, own, [&](std::int64_t b, std::int64_t u, std::int64_t n, Vec<T> d_h) {
-      const std::int64_t at = b * hidden + u, gate_at = b * depth + u;
-      const Vec<T> c_prev = s > 0 ? load_n(a.cells.ptr<const T>() + t_prev * batch * hidden + at, n)
-                                  : load_optional(a.c0, at, n);
-      const Vec<T> c = load_n(a.cells.ptr<const T>() + cells_at + at, n);
-      T* const d_c_at = d_c + b * padded + u;
-      Vec<T> gates[kGates], d_c_now = load(d_c_at);
-      LMKERN_UNROLL
-      for (int g = 0; g < kGates; ++g)
-        gates[g] = load_n(a.gates.ptr<const S>() + gates_at + gate_at + g * hidden, n);
-      Cell::backward(gates, c_prev, c, d_h + load_optional(a.d_y, cells_at + at, n), d_c_now);
-      store(d_c_at, d_c_now);
-      LMKERN_UNROLL
-      for (int g = 0; g < kGates; ++g) {
-        store_n(now + gate_at + g * hidden, gates[g], n);
-        store_n(a.d_gates.ptr<S>() + gates_at + gate_at + g * hidden, gates[g], n);
-      }
-    });
-  }
-
   void run() const {
-    const RecurrentPlan plan(steps, batch, panels, panels * depth * kUnits * sizeof(T),
-                             2 * batch * depth * hidden);
     Barrier barrier;
     parallel(plan.threads, [&](int thread, int threads) {
       const Range rows = plan.rows_of(thread, threads), own = plan.panels_of(thread, threads);
@@ -126,7 +121,7 @@ struct BackwardPass {
           }
       barrier.wait(threads);
       for (std::int64_t s = steps - 1; s >= 0; --s) {
-        step(s, rows, own);
+        step(s, rows, own, partial + thread * batch * kUnits);
         if (!plan.by_rows) barrier.wait(threads);
       }
       if (!a.d_c0.defined()) return;

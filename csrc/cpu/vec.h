@@ -132,6 +132,24 @@ LMKERN_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 
+// numerator / denominator for finite denominators of at least 1. A 512-bit division takes the FMA
+// port for 16 cycles; the 14-bit estimate and one Newton step take 4, at an error of at most 1 ULP
+// more.
+LMKERN_INLINE Vec<float> divide(Vec<float> numerator, Vec<float> denominator) {
+#if defined(__AVX512F__)
+  typedef float Whole __attribute__((vector_size(64)));
+  const Vec<float> estimate =
+      (Vec<float>)__builtin_ia32_rcp14ps512_mask((Whole)denominator, Whole{}, 0xffff);
+  const Vec<float> quotient = numerator * estimate;
+  return quotient + estimate * (numerator - quotient * denominator);
+#else
+  return numerator / denominator;
+#endif
+}
+LMKERN_INLINE Vec<double> divide(Vec<double> numerator, Vec<double> denominator) {
+  return numerator / denominator;
+}
+
 // ---- transpose --------------------------------------------------------------------------------
 
 // a[0], b[0], a[1], b[1], ... of the lower (High = 0) or upper (High = 1) half of the lanes.

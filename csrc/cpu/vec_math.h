@@ -147,12 +147,12 @@ struct VecMath {
     const V m = expm1_reduced(clamped * T(2), n);
     const V power = exp2_int(n);
     const V expm1 = power * m + (power - T(1));
-    return copysign(expm1 / (expm1 + T(2)), x);
+    return copysign(divide(expm1, expm1 + T(2)), x);
   }
 
   static LMKERN_INLINE V sigmoid(V x) {
     const V e = exp_nonpositive(-abs(x));
-    return (x < V{} ? e : splat<T>(T(1))) / (e + T(1));
+    return divide(x < V{} ? e : splat<T>(T(1)), e + T(1));
   }
 
   static LMKERN_INLINE V erf(V x) {
