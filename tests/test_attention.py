@@ -98,7 +98,9 @@ def test_rows_that_see_nothing(isa):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 0, 5, 4, 4), (1, 2, 5, 0, 4, 4), (0, 2, 5, 5, 4, 4)], ids=str
+    "shape",
+    [(1, 2, 0, 5, 4, 4), (1, 2, 5, 0, 4, 4), (0, 2, 5, 5, 4, 4), (2, 0, 5, 5, 4, 4)],
+    ids=str,
 )
 def test_empty(isa, shape):
     q, k, v = heads(*shape)
@@ -108,12 +110,46 @@ def test_empty(isa, shape):
         assert (x == 0).all()
 
 
+@pytest.mark.parametrize("lead", [(), (2,), (0, 3), (2, 0, 3)], ids=str)
+def test_zero_extents_of_any_rank(lead):
+    q, k = torch.randn(*lead, 0, 4), torch.randn(*lead, 5, 4)
+    assert attention(q, k, k).shape == (*lead, 0, 4)
+    assert (attention(k, q, q) == 0).all() and attention(k, q, q).shape == (*lead, 5, 4)
+
+
+def test_kernels_are_called(monkeypatch):
+    called = []
+    for name in ("attention_forward", "attention_backward"):
+        kernel = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda *a, n=name, k=kernel: (called.append(n), k(*a))[1])
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    attention(q, q, q).sum().backward()
+    assert called == ["attention_forward", "attention_backward"]
+
+
+@pytest.mark.parametrize("size", [(1, 2, 70, 2100, 256, 144), (1, 1, 1100, 300, 64, 64)], ids=str)
+def test_oracle_large(isa, size):
+    assert_oracle(attention, F.scaled_dot_product_attention, heads(*size))
+
+
+def test_large_finite_mask_of_a_wider_dtype_stays_finite():
+    q, k, v = heads(1, 1, 3, 4, 8, 8, torch.bfloat16)
+    mask = torch.full((3, 4), torch.finfo(torch.float32).min)
+    torch.testing.assert_close(
+        attention(q, k, v, mask),
+        v.float().mean(2, keepdim=True).expand(1, 1, 3, 8).bfloat16(),
+        atol=1e-2,
+        rtol=1e-2,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-def test_grouped_queries(isa, causal):
+def test_grouped_queries(isa, causal, dtype):
     assert_oracle(
         lambda *a: attention(*a, is_causal=causal, enable_gqa=True),
         lambda *a: F.scaled_dot_product_attention(*a, is_causal=causal, enable_gqa=True),
-        heads(2, 6, 40, 70, 32, 32, key_heads=2),
+        heads(2, 6, 40, 70, 32, 32, dtype, key_heads=2),
     )
 
 
@@ -238,6 +274,12 @@ def test_compile_fullgraph():
         outputs_and_gradients(compiled, inputs), outputs_and_gradients(f, inputs), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_compile_with_one_tensor_for_all():
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    compiled = torch.compile(lambda x: attention(x, x, x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), attention(q, q, q))
 
 
 def test_autocast():

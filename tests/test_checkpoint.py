@@ -30,6 +30,8 @@ from lmkern.models import load_pretrained
 from lmkern.train import Trainer
 from lmkern.train.checkpoint import (
     list_checkpoints,
+    load_optimizer_tensors,
+    optimizer_tensors,
     random_tensors,
     resolve_model_directory,
     restore_random,
@@ -246,3 +248,18 @@ print(Trainer(tiny_model("lstm"), tiny_data(), tiny_config(), sys.argv[1]).fit()
     assert interrupted == "SIGTERM"
     model, _ = fit("lstm", tmp_path / "run", resume=True)
     assert_same_weights(model, fit("lstm", tmp_path / "whole")[0])
+
+
+def test_optimizer_buffers_of_the_wrong_size_are_refused():
+    """torch's fused AdamW would read and write past the end of a short buffer."""
+    weight = torch.nn.Parameter(torch.randn(1000))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    names = {weight: "w"}
+    good = optimizer_tensors(optimizer, names)
+    load_optimizer_tensors(optimizer, good, names)
+    with pytest.raises(ValueError, match=r"'w.exp_avg' must have shape \[1000\], got \[3\]"):
+        load_optimizer_tensors(optimizer, {**good, "w.exp_avg": torch.zeros(3)}, names)
+    with pytest.raises(ValueError, match="another model"):
+        load_optimizer_tensors(optimizer, {"v.step": torch.zeros(())}, names)

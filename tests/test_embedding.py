@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmkern
+from lmkern import _C
 from lmkern.functional import embedding
 from oracle import assert_oracle
 
@@ -88,6 +89,25 @@ def test_broadcast_gradient_and_strided_weight():
     rows = torch.randn(20, 60)[:, ::3].detach()
     assert torch.equal(embedding(ids, rows), rows[ids])
     assert torch.equal(embedding(ids.t(), rows), rows[ids.t()])
+
+
+def test_kernels_are_called(monkeypatch):
+    called = []
+    for name in ("embedding_forward", "embedding_backward"):
+        kernel = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda *a, n=name, k=kernel: (called.append(n), k(*a))[1])
+    lmkern.nn.Embedding(5, 7)(torch.tensor([1, 2])).sum().backward()
+    assert called == ["embedding_forward", "embedding_backward"]
+
+
+def test_weight_may_change_between_forward_and_backward():
+    table = lmkern.nn.Embedding(5, 3)
+    first, second = table(torch.tensor([1])), table(torch.tensor([2]))
+    first.sum().backward()
+    with torch.no_grad():
+        table.weight.add_(1)
+    second.sum().backward()
+    assert table.weight.grad.sum(1).tolist() == [0, 3, 3, 0, 0]
 
 
 def test_gradcheck():

@@ -58,7 +58,9 @@ def test_oracle(isa, size, dtype, reverse):
     )
 
 
-@pytest.mark.parametrize("size", [(2, 40, 300, 300), (12, 3, 64, 333)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(2, 40, 300, 300), (12, 3, 64, 333), (100, 2, 8, 520), (3, 2, 8, 1030)], ids=str
+)
 def test_oracle_divided_among_threads(isa, size):
     assert_oracle(flat, torch_lstm, weights(*size))
 
@@ -125,6 +127,23 @@ def test_same_bits_for_any_thread_count(isa, size):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_kernels_are_called(monkeypatch):
+    called = []
+    for name in ("lstm_forward", "lstm_backward"):
+        kernel = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda *a, n=name, k=kernel: (called.append(n), k(*a))[1])
+    lmkern.nn.LSTM(5, 7)(torch.randn(4, 2, 5))[0].sum().backward()
+    assert called == ["lstm_forward", "lstm_backward"]
+
+
+def test_empty_batch():
+    module = lmkern.nn.LSTM(3, 4)
+    y, (h, _) = module(torch.randn(5, 0, 3))
+    assert y.shape == (5, 0, 4) and h.shape == (1, 0, 4)
+    y.sum().backward()
+    assert (module.weight_hh_l0.grad == 0).all()
 
 
 def test_inputs_are_not_written():
@@ -226,7 +245,7 @@ def test_functorch_and_forward_mode():
 
 
 def test_unsupported_dtype_runs_the_reference():
-    lmkern._warnings.warn_once.cache_clear()
+    lmkern._warnings._warn_first_time.cache_clear()
     inputs = [x.half() for x in weights(3, 2, 4, 5)]
     with pytest.warns(lmkern.LmkernWarning, match="float16"):
         y, _, _ = flat(*inputs)

@@ -26,7 +26,7 @@ struct ForwardPass {
   const AttentionForwardArgs& a;
   const std::int64_t heads = a.q.shape[1], queries = a.q.shape[2], depth = a.q.shape[3];
   const std::int64_t keys = a.k.shape[2], width = a.v.shape[3];
-  const std::int64_t group = heads / a.k.shape[1];
+  const std::int64_t group = heads > 0 ? heads / a.k.shape[1] : 1;
   const std::int64_t blocks = (queries + kQueries - 1) / kQueries;
 
   const bool reused = blocks * group > 1;

@@ -25,7 +25,7 @@ struct BackwardPass {
   const AttentionBackwardArgs& a;
   const std::int64_t heads = a.q.shape[1], queries = a.q.shape[2], depth = a.q.shape[3];
   const std::int64_t key_heads = a.k.shape[1], keys = a.k.shape[2], width = a.v.shape[3];
-  const std::int64_t group = heads / key_heads;
+  const std::int64_t group = heads > 0 ? heads / key_heads : 1;
   const std::int64_t depth_padded = (depth + kLane - 1) / kLane * kLane;
   const std::int64_t width_padded = (width + kLane - 1) / kLane * kLane;
 

@@ -82,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"`lmkern {name}` needs {package}: pip install lmkern[train]", 1)
     except (OSError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
         return _fail(error, 1)
+    except Exception as error:  # a damaged file in a way nobody thought of, out of memory, or a bug
+        if os.environ.get("LMKERN_TRACEBACK"):
+            raise
+        hint = "set LMKERN_TRACEBACK=1 to see where"
+        return _fail(f"unexpected {type(error).__name__}: {error} ({hint})", 1)
 
 
 def _fail(error: BaseException | str, code: int) -> int:

@@ -146,7 +146,11 @@ def scaled_dot_product_attention(
         if attn_mask.dtype != torch.bool:
             if not attn_mask.is_floating_point():
                 raise TypeError(f"{op}: attn_mask must be bool or floating, got {attn_mask.dtype}")
-            attn_mask = attn_mask.to(query.dtype)
+            if attn_mask.dtype != query.dtype:
+                # A large finite value stays finite in a narrower dtype: only -inf hides a key.
+                low, high = torch.finfo(query.dtype).min, torch.finfo(query.dtype).max
+                finite = attn_mask.clamp(low, high)
+                attn_mask = torch.where(attn_mask.isinf(), attn_mask, finite).to(query.dtype)
         target = (
             (*lead, heads, queries, keys) if max(query.dim(), key.dim()) > 2 else (queries, keys)
         )
@@ -177,6 +181,9 @@ def scaled_dot_product_attention(
     mask = None if attn_mask is None else _as_heads(attn_mask, lead, heads)
     factor = float(scale) if scale is not None else 1 / math.sqrt(max(depth, 1))
     if needs_grad(q, k, v):
+        # torch.compile refuses one tensor in two places of an autograd Function.
+        k = k.view_as(k) if k is q else k
+        v = v.view_as(v) if v is q or v is k else v
         out = AttentionFunction.apply(q, k, v, mask, factor, is_causal)
     else:
         out, _ = torch.ops.lmkern.attention_forward(q, k, v, mask, factor, is_causal)
@@ -209,7 +216,7 @@ def _as_heads(x: Tensor, lead: tuple[int, ...], heads: int) -> Tensor:
     """x as [B, heads, length, width], without a copy where its leading dimensions are those already."""
     if x.dim() == 4 and x.shape[:2] == (*lead, heads):
         return x
-    return x.expand(*lead, heads, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
+    return x.expand(*lead, heads, *x.shape[-2:]).reshape(math.prod(lead), heads, *x.shape[-2:])
 
 
 def embedding(

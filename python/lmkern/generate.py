@@ -121,9 +121,8 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """One token per row of `logits` [B, V] float32, as [B] int64; arguments as in `stream`."""
-    if temperature == 0.0:
+    if temperature < 1e-30:  # below, dividing by it overflows: the limit is the same
         return logits.argmax(dim=-1)
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]

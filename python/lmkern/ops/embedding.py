@@ -58,20 +58,24 @@ class EmbeddingFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight, indices, padding_idx, scale_grad_by_freq):  # type: ignore[override]
-        ctx.save_for_backward(weight, indices)
+        # Not the weight: the lookup is linear in it, and it may change before backward.
+        ctx.save_for_backward(indices)
+        ctx.rows = weight.shape[0]
         ctx.padding_idx, ctx.scale_grad_by_freq = padding_idx, scale_grad_by_freq
         return torch.ops.lmkern.embedding_forward(weight, indices)
 
     @staticmethod
     def backward(ctx: Any, d_out):  # type: ignore[override]
-        weight, indices = ctx.saved_tensors
+        (indices,) = ctx.saved_tensors
         padding_idx, by_freq = ctx.padding_idx, ctx.scale_grad_by_freq
         if torch.is_grad_enabled():
             (d_weight,) = reference_backward(
-                lambda w: reference.embedding(indices, w, padding_idx, by_freq), (weight,), (d_out,)
+                lambda w: reference.embedding(indices, w, padding_idx, by_freq),
+                (d_out.new_zeros(ctx.rows, d_out.shape[-1], requires_grad=True),),
+                (d_out,),
             )
         else:
             d_weight = torch.ops.lmkern.embedding_backward(
-                d_out, indices, weight.shape[0], padding_idx, by_freq
+                d_out, indices, ctx.rows, padding_idx, by_freq
             )
         return d_weight, None, None, None

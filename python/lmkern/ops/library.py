@@ -50,6 +50,8 @@ def use_kernel(op: str, tensor: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
+    # OpenMP keeps its thread count per thread; asking torch makes it set ours in a new Python thread.
+    torch.get_num_threads()
     return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
 

@@ -41,12 +41,12 @@ def _forward_cpu(
     y, h_n, c_n, cells = _outputs(x, w_hh, save)
     for fresh in (gates, y, cells):
         _C.prefer_huge_pages(fresh)
-    flat = gates.view(steps * batch, -1)
+    flat = gates.flatten(0, 1)
     with without_autocast():
         if b_ih is None or b_hh is None:
-            torch.mm(x.reshape(steps * batch, -1), w_ih.t(), out=flat)
+            torch.mm(x.flatten(0, 1), w_ih.t(), out=flat)
         else:
-            torch.addmm(b_ih + b_hh, x.reshape(steps * batch, -1), w_ih.t(), out=flat)
+            torch.addmm(b_ih + b_hh, x.flatten(0, 1), w_ih.t(), out=flat)
         if steps == 1 and h0 is not None:  # a single product is not worth packing w_hh for
             flat.addmm_(h0, w_hh.t())
             h0 = None
@@ -96,7 +96,7 @@ def _backward_cpu(
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, ...]:
-    steps, batch, _ = y.shape
+    steps = y.shape[0]
     d_gates = torch.empty_like(gates)
     _C.prefer_huge_pages(d_gates)
     d_c0 = y.new_empty(0 if c0 is None else c0.shape)
@@ -114,7 +114,7 @@ def _backward_cpu(
     )
     # Outputs that nobody asked for are empty; an op must not return one tensor twice.
     d_x, d_h0, d_w_ih, d_w_hh, d_b = (y.new_empty(0) for _ in range(5))
-    flat = d_gates.view(steps * batch, -1)
+    flat = d_gates.flatten(0, 1)
     # h_{t-1} is y shifted by one step, and h0 for the first.
     first, rest, before = 0, slice(1, None), slice(0, -1)
     if reverse:
@@ -125,7 +125,7 @@ def _backward_cpu(
         if need_x:
             d_x = (flat @ w_ih).view(x.shape)
         if need_weights:
-            d_w_ih = flat.t() @ x.reshape(steps * batch, -1)
+            d_w_ih = flat.t() @ x.flatten(0, 1)
             d_b = flat.sum(0, dtype=accumulate_dtype(flat.dtype)).to(flat.dtype)
             d_w_hh = d_gates[rest].flatten(0, 1).t() @ y[before].flatten(0, 1)
             if h0 is not None:

@@ -196,7 +196,17 @@ def load_optimizer_tensors(
             raise ValueError(
                 f"the checkpoint's optimizer has a parameter {name!r} of another model"
             )
+        # torch's fused optimizers trust these sizes, and write past the end of a short buffer.
+        expected = parameters[index[name]].shape
+        if key != "step" and tensor.shape != expected:
+            raise ValueError(
+                f"the checkpoint's optimizer buffer {full_name!r} must have shape "
+                f"{list(expected)}, got {list(tensor.shape)}"
+            )
         state.setdefault(index[name], {})[key] = tensor
+    buffers = {frozenset(entry) for entry in state.values()}
+    if state and (len(state) != len(parameters) or len(buffers) != 1):
+        raise ValueError("the checkpoint's optimizer lacks buffers of some parameters")
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
