@@ -29,13 +29,16 @@ def test_oracle(isa, shape, dtype, options):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("size", [(1, 1, 5), (70, 300, 5000), (3000, 59, 2000)], ids=str)
-def test_oracle_sizes(isa, size, index):
+def test_oracle_sizes(isa, size, index, dtype):
     rows, width, count = size
     ids = torch.randint(0, rows, (count,), dtype=index)
     assert_oracle(
-        lambda w: embedding(ids, w), lambda w: F.embedding(ids, w), [torch.randn(rows, width)]
+        lambda w: embedding(ids, w),
+        lambda w: F.embedding(ids, w),
+        [torch.randn(rows, width).to(dtype)],
     )
 
 
