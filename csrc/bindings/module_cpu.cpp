@@ -42,16 +42,37 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     }
   });
 
-  m.def("lstm_forward",
-        [](TensorView gates, TensorView w_hh, TensorView h0, TensorView c0, TensorView y,
-           TensorView h_n, TensorView c_n, TensorView cells, bool reverse) {
-          call(lmkern::lstm_forward, {gates, w_hh, h0, c0, y, h_n, c_n, cells, reverse});
+  // The first 18 arguments are RecurrentOptions in their order.
+  m.def("recurrent_forward",
+        [](int cell, bool reverse, std::int64_t batch, TensorView w_hh, TensorView b_hh,
+           TensorView w_hr, TensorView peephole, TensorView norm_hh, TensorView norm_c_weight,
+           TensorView norm_c_bias, double eps, TensorView h_mask, TensorView zoneout_h,
+           TensorView zoneout_c, double zoneout_h_rate, double zoneout_c_rate, TensorView reset,
+           TensorView batch_sizes, TensorView gates, TensorView h0, TensorView c0,
+           TensorView first_hh, TensorView y, TensorView h_n, TensorView c_n, TensorView cells,
+           TensorView hidden, TensorView hh, TensorView unprojected, bool save) {
+          call(lmkern::recurrent_forward,
+               {{static_cast<lmkern::RecurrentCell>(cell), reverse, batch, w_hh, b_hh, w_hr,
+                 peephole, norm_hh, norm_c_weight, norm_c_bias, eps, h_mask, zoneout_h, zoneout_c,
+                 zoneout_h_rate, zoneout_c_rate, reset, batch_sizes},
+                gates, h0, c0, first_hh, y, h_n, c_n, cells, hidden, hh, unprojected, save});
         });
-  m.def("lstm_backward",
-        [](TensorView d_y, TensorView d_h_n, TensorView d_c_n, TensorView w_hh, TensorView c0,
-           TensorView gates, TensorView cells, TensorView d_gates, TensorView d_c0, bool reverse) {
-          call(lmkern::lstm_backward,
-               {d_y, d_h_n, d_c_n, w_hh, c0, gates, cells, d_gates, d_c0, reverse});
+  m.def("recurrent_backward",
+        [](int cell, bool reverse, std::int64_t batch, TensorView w_hh, TensorView b_hh,
+           TensorView w_hr, TensorView peephole, TensorView norm_hh, TensorView norm_c_weight,
+           TensorView norm_c_bias, double eps, TensorView h_mask, TensorView zoneout_h,
+           TensorView zoneout_c, double zoneout_h_rate, double zoneout_c_rate, TensorView reset,
+           TensorView batch_sizes, TensorView d_y, TensorView d_h_n, TensorView d_c_n,
+           TensorView d_cells, TensorView h0, TensorView c0, TensorView y, TensorView gates,
+           TensorView cells, TensorView hidden, TensorView hh, TensorView d_gates, TensorView d_hh,
+           TensorView d_h, TensorView d_normed, TensorView d_c_normed, TensorView c_now,
+           TensorView d_h0, TensorView d_c0, bool recompute) {
+          call(lmkern::recurrent_backward,
+               {{static_cast<lmkern::RecurrentCell>(cell), reverse, batch, w_hh, b_hh, w_hr,
+                 peephole, norm_hh, norm_c_weight, norm_c_bias, eps, h_mask, zoneout_h, zoneout_c,
+                 zoneout_h_rate, zoneout_c_rate, reset, batch_sizes},
+                d_y, d_h_n, d_c_n, d_cells, h0, c0, y, gates, cells, hidden, hh, d_gates, d_hh, d_h,
+                d_normed, d_c_normed, c_now, d_h0, d_c0, recompute});
         });
 
   m.def("attention_forward", [](TensorView q, TensorView k, TensorView v, TensorView mask,

@@ -73,8 +73,8 @@ void Check::dtype(const char* name, const TensorView& view, DType expected) cons
 void Check::floating(const char* name, const TensorView& view) const {
   on_cpu(name, view);
   if (view.dtype != DType::kFloat32 && view.dtype != DType::kFloat64 &&
-      view.dtype != DType::kBFloat16)
-    fail_type(std::string(name) + " must be float32, float64 or bfloat16, got " +
+      view.dtype != DType::kBFloat16 && view.dtype != DType::kFloat16)
+    fail_type(std::string(name) + " must be float32, float64, bfloat16 or float16, got " +
               dtype_name(view.dtype));
 }
 

@@ -35,7 +35,7 @@ class Check {
              const char* symbolic) const;
   // The dtype, and that the tensor is on the CPU.
   void dtype(const char* name, const TensorView& view, DType expected) const;
-  // One of float32, float64, bfloat16.
+  // One of float32, float64, bfloat16, float16.
   void floating(const char* name, const TensorView& view) const;
   // Row-major without gaps.
   void contiguous(const char* name, const TensorView& view) const;

@@ -29,6 +29,9 @@ enum class DType : std::uint8_t {
 struct bfloat16 {
   std::uint16_t bits;
 };
+struct float16 {
+  std::uint16_t bits;
+};
 
 // The type a storage type is computed and accumulated in.
 template <class S>

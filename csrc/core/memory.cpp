@@ -9,10 +9,10 @@
 namespace lmkern {
 namespace {
 
-struct Scratch {
+struct Buffer {
   void* data = nullptr;
   std::size_t bytes = 0;
-  ~Scratch() { std::free(data); }
+  ~Buffer() { std::free(data); }
 };
 
 std::size_t element_bytes(DType dtype) {
@@ -30,7 +30,7 @@ std::size_t element_bytes(DType dtype) {
 }  // namespace
 
 void* thread_scratch(std::size_t bytes) {
-  thread_local Scratch scratch;
+  thread_local Buffer scratch;
   if (bytes > scratch.bytes) {
     std::free(scratch.data);
     scratch.bytes = 0;

@@ -106,6 +106,9 @@ LMKERN_INLINE bool load_mask(const TensorView& mask, std::int64_t b, std::int64_
   } else if (mask.dtype == DType::kBFloat16) {
     const auto* p = mask.ptr<const bfloat16>();
     fill([p](std::int64_t at) { return static_cast<T>(to_accumulate(p[at])); });
+  } else if (mask.dtype == DType::kFloat16) {
+    const auto* p = mask.ptr<const float16>();
+    fill([p](std::int64_t at) { return static_cast<T>(to_accumulate(p[at])); });
   } else {
     const auto* p = mask.ptr<const T>();
     fill([p](std::int64_t at) { return p[at]; });

@@ -5,7 +5,8 @@
 //   acc[m][n] += sum_k a[m * a_m + k * a_k] * b[k * b_k + n * lanes]
 //
 // a is broadcast element by element, so it may have any strides and is never packed; b is read in
-// whole vectors, from a packed weight panel, a transposed tile or a padded row. Every product of a
+// whole vectors, from a packed weight panel, a transposed tile or a padded row; it may be kept in a
+// storage type narrower than T. Every product of a
 // recurrent step and of attention's forward and backward has this form (csrc/cpu/recurrent.cpp,
 // csrc/cpu/attention.cpp say which). The epilogue receives the tile while it is still in registers.
 //
@@ -20,9 +21,9 @@ namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 template <int N>
 inline constexpr int kTileRows = kAccumulators / N < 8 ? kAccumulators / N : 8;
 
-template <int M, int N, class T>
+template <int M, int N, class T, class W>
 LMKERN_INLINE void multiply_tile(std::int64_t depth, const T* a, std::int64_t a_m, std::int64_t a_k,
-                                 const T* b, std::int64_t b_k, Vec<T> (&acc)[M][N]) {
+                                 const W* b, std::int64_t b_k, Vec<T> (&acc)[M][N]) {
   for (std::int64_t k = 0; k < depth; ++k) {
     Vec<T> b_row[N];
     LMKERN_UNROLL
@@ -70,40 +71,39 @@ LMKERN_INLINE void for_row_tiles(std::int64_t rows, const F& f) {
   }
 }
 
-// Multiplies rows of a (neighbouring elements along k) with one packed panel, b[k][N vectors], and
-// calls f(first_row, acc, Rows<M>{}) for each tile. A panel that is larger than the L1 cache is
-// taken in slices, each for all tiles before the next, so that it comes from L2 once and not once
-// for each tile; partial[rows][N vectors] holds the tiles in between.
-template <int N, class T, class F>
-LMKERN_INLINE void multiply_panel(std::int64_t rows, std::int64_t depth, const T* a,
-                                  std::int64_t a_m, const T* b, T* partial, const F& f) {
-  constexpr std::int64_t kRow = N * kLanes<T>, kSlice = (24 << 10) / (kRow * sizeof(T));
+// out[row][N vectors] = bias + a b for rows of a (neighbouring elements along k) and one packed panel
+// b[k][N vectors], kept in T or in a narrower storage type. A panel that is larger than the L1 cache
+// is taken in slices, each for all tiles before the next, so that it comes from L2 once and not once
+// for each tile; `out` holds the tiles in between. bias: N vectors, or null.
+//
+// A function of its own, not inlined: its caller's epilogue is instantiated for every cell and option,
+// and would take the tile code of every height with it. Passing tiles through `out`, which stays in
+// L1, costs N stores and loads to N * depth multiplications.
+template <int N, class T, class W>
+__attribute__((noinline)) void multiply_panel(std::int64_t rows, std::int64_t depth, const T* a,
+                                              std::int64_t a_m, const W* b, const T* bias, T* out) {
+  constexpr std::int64_t kRow = N * kLanes<T>, kSlice = (24 << 10) / (kRow * sizeof(W));
   const std::int64_t slice = rows > kTileRows<N> && depth > kSlice ? kSlice : depth;
   std::int64_t k = 0;
-  do {  // once even at depth 0, where tiles are zero
+  do {  // once even at depth 0, where tiles are the bias
     const std::int64_t end = k + slice < depth ? k + slice : depth;
     for_row_tiles<kTileRows<N>>(
         rows, [&](std::int64_t row, auto tile) __attribute__((always_inline)) {
           constexpr int M = decltype(tile)::value;
           Vec<T> acc[M][N] = {};
-          if (k > 0) {
+          if (k > 0 || bias != nullptr) {
             LMKERN_UNROLL
             for (int m = 0; m < M; ++m) {
+              const T* const from = k > 0 ? out + (row + m) * kRow : bias;
               LMKERN_UNROLL
-              for (int n = 0; n < N; ++n)
-                acc[m][n] = load(partial + (row + m) * kRow + n * kLanes<T>);
+              for (int n = 0; n < N; ++n) acc[m][n] = load(from + n * kLanes<T>);
             }
           }
           multiply_tile<M, N, T>(end - k, a + row * a_m + k, a_m, 1, b + k * kRow, kRow, acc);
-          if (end == depth) {
-            f(row, acc, tile);
-          } else {
+          LMKERN_UNROLL
+          for (int m = 0; m < M; ++m) {
             LMKERN_UNROLL
-            for (int m = 0; m < M; ++m) {
-              LMKERN_UNROLL
-              for (int n = 0; n < N; ++n)
-                store(partial + (row + m) * kRow + n * kLanes<T>, acc[m][n]);
-            }
+            for (int n = 0; n < N; ++n) store(out + (row + m) * kRow + n * kLanes<T>, acc[m][n]);
           }
         });
     k = end;

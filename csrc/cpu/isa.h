@@ -13,12 +13,12 @@ namespace lmkern::cpu {
 
 struct Kernels {
   const char* isa;
-  void (*lstm_forward)(const LstmForwardArgs&);
-  void (*lstm_backward)(const LstmBackwardArgs&);
   void (*attention_forward)(const AttentionForwardArgs&);
   void (*attention_backward)(const AttentionBackwardArgs&);
   void (*embedding_forward)(const EmbeddingForwardArgs&);
   void (*embedding_backward)(const EmbeddingBackwardArgs&);
+  void (*recurrent_forward)(const RecurrentForwardArgs&);
+  void (*recurrent_backward)(const RecurrentBackwardArgs&);
   void (*vec_math)(const VecMathArgs&);
   double (*peak_flops)(int threads, std::int64_t iterations);  // float32 FLOP per second
 };

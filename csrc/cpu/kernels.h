@@ -4,12 +4,12 @@
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 
-void lstm_forward(const LstmForwardArgs& args);
-void lstm_backward(const LstmBackwardArgs& args);
 void attention_forward(const AttentionForwardArgs& args);
 void attention_backward(const AttentionBackwardArgs& args);
 void embedding_forward(const EmbeddingForwardArgs& args);
 void embedding_backward(const EmbeddingBackwardArgs& args);
+void recurrent_forward(const RecurrentForwardArgs& args);
+void recurrent_backward(const RecurrentBackwardArgs& args);
 void vec_math(const VecMathArgs& args);
 double peak_flops(int threads, std::int64_t iterations);
 

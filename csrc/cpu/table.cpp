@@ -9,12 +9,12 @@ namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 extern const Kernels table;
 const Kernels table = {
     .isa = LMKERN_STRING(LMKERN_ISA_NAMESPACE),
-    .lstm_forward = lstm_forward,
-    .lstm_backward = lstm_backward,
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
     .embedding_forward = embedding_forward,
     .embedding_backward = embedding_backward,
+    .recurrent_forward = recurrent_forward,
+    .recurrent_backward = recurrent_backward,
     .vec_math = vec_math,
     .peak_flops = peak_flops,
 };

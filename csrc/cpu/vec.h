@@ -5,12 +5,15 @@
 //   V x = load(p), y = V{} + 2.0f;
 //   store(q, x * y + x);             // one FMA (-ffp-contract=fast)
 //
-// Storage types are float, double and bfloat16; a vector holds their Accumulate type.
+// Storage types are float, double, bfloat16 and float16; a vector holds their Accumulate type.
 #pragma once
 #include <cstdint>
 #include <utility>
 
 #include "core/dtype.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #define LMKERN_UNROLL _Pragma("GCC unroll 32")
 
@@ -25,6 +28,7 @@ struct VecTypes<float> {
   typedef float Value __attribute__((vector_size(kVecBytes)));
   typedef std::int32_t Int __attribute__((vector_size(kVecBytes)));
   typedef std::uint32_t Word __attribute__((vector_size(kVecBytes)));
+  typedef std::uint8_t Bytes __attribute__((vector_size(kVecBytes / sizeof(float))));
   using IntLane = std::int32_t;
 };
 template <>
@@ -32,6 +36,7 @@ struct VecTypes<double> {
   typedef double Value __attribute__((vector_size(kVecBytes)));
   typedef std::int64_t Int __attribute__((vector_size(kVecBytes)));
   typedef std::uint64_t Word __attribute__((vector_size(kVecBytes)));
+  typedef std::uint8_t Bytes __attribute__((vector_size(kVecBytes / sizeof(double))));
   using IntLane = std::int64_t;
 };
 
@@ -96,6 +101,56 @@ LMKERN_INLINE void store(bfloat16* p, Vec<float> v) {
   __builtin_memcpy(p, &half, sizeof half);
 }
 
+// float16: by instruction where there is one, otherwise by moving bits. To float: the half's exponent
+// and mantissa, read as a float, are the value times 2^-112; denormals come out right too. From float:
+// adding 2^-1 pushes the bits that a denormal half cannot keep out of the mantissa, rounded.
+LMKERN_INLINE Vec<float> widen_half(HalfWords half) {
+  const Words bits = __builtin_convertvector(half, Words), magnitude = (bits & 0x7fffu) << 13;
+  const Words value = (Words)((Vec<float>)magnitude * 0x1p112f);
+  const Words special = magnitude >= (0x7c00u << 13) ? value | 0x7f800000u : value;
+  return (Vec<float>)(special | ((bits & 0x8000u) << 16));
+}
+LMKERN_INLINE HalfWords narrow_half(Vec<float> v) {
+  const Words bits = (Words)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const Words denormal = (Words)((Vec<float>)magnitude + 0.5f) - 0x3f000000u;
+  const Words normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  Words half = magnitude < (113u << 23) ? denormal : normal;
+  half = magnitude >= 0x477ff000u ? (Words{} + 0x7c00u) : half;  // 65520 and above
+  half = magnitude > 0x7f800000u ? (Words{} + 0x7e00u) : half;
+  return __builtin_convertvector(half | sign, HalfWords);
+}
+
+LMKERN_INLINE Vec<float> load(const float16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; i += 8) {
+    const __m256 part = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i)));
+    __builtin_memcpy((float*)&v + i, &part, sizeof part);
+  }
+  return v;
+#else
+  HalfWords half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return widen_half(half);
+#endif
+}
+LMKERN_INLINE void store(float16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  for (int i = 0; i < kLanes<float>; i += 8) {
+    __m256 part;
+    __builtin_memcpy(&part, (const float*)&v + i, sizeof part);
+    _mm_storeu_si128((__m128i*)(p + i), _mm256_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  const HalfWords half = narrow_half(v);
+  __builtin_memcpy(p, &half, sizeof half);
+#endif
+}
+
 // The first n lanes only (0 <= n <= lanes); lanes beyond are zero.
 template <class S>
 LMKERN_INLINE Vec<Accumulate<S>> load_n(const S* p, std::int64_t n) {
@@ -119,6 +174,32 @@ LMKERN_INLINE float to_accumulate(bfloat16 x) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
+}
+LMKERN_INLINE float to_accumulate(float16 x) {
+  float16 lanes[kLanes<float>] = {x};
+  return load(lanes)[0];
+}
+
+// n bools as 1 and 0.
+template <class T>
+LMKERN_INLINE Vec<T> load_bools(const bool* p, std::int64_t n) {
+  typename VecTypes<T>::Bytes bytes{};
+  if (n == kLanes<T>)
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+  else
+    for (std::int64_t i = 0; i < n; ++i) bytes[i] = p[i];
+  return __builtin_convertvector(bytes, Vec<T>);
+}
+
+// The sum of the lanes, pairwise: the same order on every run.
+template <class V>
+LMKERN_INLINE auto sum_lanes(V v) {
+  constexpr int n = sizeof(V) / sizeof(v[0]);
+  decltype(+v[0]) lanes[n];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  for (int width = n / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
 }
 
 // ---- lane arithmetic --------------------------------------------------------------------------
@@ -183,10 +264,10 @@ LMKERN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
 }
 
 // to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < cols, and zero for rows <= r
-// < padded_rows, a multiple of the lanes.
-template <class S>
+// < padded_rows, a multiple of the lanes. `to` may be S or what S accumulates in.
+template <class S, class To>
 LMKERN_INLINE void transpose_into(const S* from, std::int64_t from_stride, std::int64_t rows,
-                                  std::int64_t padded_rows, std::int64_t cols, Accumulate<S>* to,
+                                  std::int64_t padded_rows, std::int64_t cols, To* to,
                                   std::int64_t to_stride) {
   using T = Accumulate<S>;
   constexpr std::int64_t n = kLanes<T>;

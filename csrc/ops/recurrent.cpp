@@ -6,45 +6,123 @@
 namespace lmkern {
 namespace {
 
-DType accumulate_dtype(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
+// The extents that all shapes are made of.
+struct Extents {
+  std::int64_t N, B, G, H, P;
+  DType dtype, accumulate;
+};
+
+void require(const Check& check, const char* name, const TensorView& view) {
+  if (!view.defined()) check.fail(std::string(name) + " must be given");
+}
+
+Extents check_options(const Check& check, const RecurrentOptions& o, const TensorView& gates) {
+  if (o.cell < RecurrentCell::kLstm || o.cell > RecurrentCell::kRnnSigmoid)
+    check.fail("cell must be 0 to 4, got " + std::to_string(static_cast<int>(o.cell)));
+  const std::int64_t G = gates_of(o.cell);
+  check.floating("gates", gates);
+  check.dims("gates", gates, 2, "[N, G*H]");
+  check.dims("w_hh", o.w_hh, 2, "[G*H, P]");
+  const std::int64_t H = o.w_hh.shape[0] / G, P = o.w_hh.shape[1], N = gates.shape[0];
+  const Extents e{N, o.batch, G, H, P, gates.dtype,
+                  gates.dtype == DType::kFloat64 ? gates.dtype : DType::kFloat32};
+  check.tensor("w_hh", o.w_hh, e.dtype, {G * H, P}, "[G*H, P]");
+  check.tensor("gates", gates, e.dtype, {N, G * H}, "[N, G*H]");
+  check.optional("b_hh", o.b_hh, e.dtype, {G * H}, "[G*H]");
+  check.optional("w_hr", o.w_hr, e.dtype, {P, H}, "[P, H]");
+  check.optional("peephole", o.peephole, e.dtype, {3 * H}, "[3H]");
+  check.optional("norm_hh", o.norm_hh, e.dtype, {G * H}, "[G*H]");
+  check.optional("norm_c_weight", o.norm_c_weight, e.dtype, {H}, "[H]");
+  check.optional("norm_c_bias", o.norm_c_bias, e.dtype, {H}, "[H]");
+  check.optional("h_mask", o.h_mask, e.dtype, {e.B, P}, "[B, P]");
+  check.optional("zoneout_h", o.zoneout_h, DType::kBool, {N, P}, "[N, P]");
+  check.optional("zoneout_c", o.zoneout_c, DType::kBool, {N, H}, "[N, H]");
+  check.optional("reset", o.reset, DType::kBool, {N}, "[N]");
+  const bool lstm = o.cell == RecurrentCell::kLstm;
+  if (!lstm && (o.w_hr.defined() || o.peephole.defined() || o.norm_c_weight.defined() ||
+                o.zoneout_c.defined()))
+    check.fail("w_hr, peephole, norm_c_weight and zoneout_c must be absent but for the LSTM");
+  if (!o.w_hr.defined() && P != H)
+    check.fail("w_hh must be [G*H, H] without w_hr, got " + shape_string(o.w_hh));
+  if (o.norm_c_weight.defined() != o.norm_c_bias.defined())
+    check.fail("norm_c_weight and norm_c_bias must be given together");
+  if (o.norm_c_weight.defined() && !o.norm_hh.defined())
+    check.fail("norm_hh must be given with norm_c_weight");
+  if (e.B < 0) check.fail("batch must be >= 0, got " + std::to_string(e.B));
+  if (o.batch_sizes.defined()) {
+    check.dtype("batch_sizes", o.batch_sizes, DType::kInt64);
+    check.dims("batch_sizes", o.batch_sizes, 1, "[T]");
+    check.contiguous("batch_sizes", o.batch_sizes);
+    std::int64_t rows = 0, before = e.B;
+    for (std::int64_t t = 0; t < o.batch_sizes.shape[0]; ++t) {
+      const std::int64_t size = o.batch_sizes.ptr<const std::int64_t>()[t];
+      if (size < 0 || size > before)
+        check.fail("batch_sizes must not increase and lie in [0, B], got " + std::to_string(size) +
+                   " after " + std::to_string(before));
+      rows += before = size;
+    }
+    if (rows != N)
+      check.fail("batch_sizes must add up to the " + std::to_string(N) + " rows of gates, got " +
+                 std::to_string(rows));
+  } else if (e.B == 0 ? N != 0 : N % e.B != 0) {
+    check.fail("gates must have a multiple of " + std::to_string(e.B) + " rows, got " +
+               shape_string(gates));
+  }
+  return e;
+}
 
 }  // namespace
 
-void lstm_forward(const LstmForwardArgs& a) {
-  const Check check("lstm_forward");
-  check.floating("gates", a.gates);
-  check.dims("gates", a.gates, 3, "[T, B, 4H]");
-  check.dims("w_hh", a.w_hh, 2, "[4H, H]");
-  const DType dtype = a.gates.dtype;
-  const auto T = a.gates.shape[0], B = a.gates.shape[1], H = a.w_hh.shape[1];
-  check.tensor("w_hh", a.w_hh, dtype, {4 * H, H}, "[4H, H]");
-  check.tensor("gates", a.gates, dtype, {T, B, 4 * H}, "[T, B, 4H]");
-  check.optional("h0", a.h0, dtype, {B, H}, "[B, H]");
-  check.optional("c0", a.c0, dtype, {B, H}, "[B, H]");
-  check.tensor("y", a.y, dtype, {T, B, H}, "[T, B, H]");
-  check.tensor("h_n", a.h_n, dtype, {B, H}, "[B, H]");
-  check.tensor("c_n", a.c_n, dtype, {B, H}, "[B, H]");
-  check.optional("cells", a.cells, accumulate_dtype(dtype), {T, B, H}, "[T, B, H]");
-  cpu::kernels().lstm_forward(a);
+int gates_of(RecurrentCell cell) {
+  return cell == RecurrentCell::kLstm ? 4 : cell == RecurrentCell::kGru ? 3 : 1;
 }
 
-void lstm_backward(const LstmBackwardArgs& a) {
-  const Check check("lstm_backward");
-  check.floating("gates", a.gates);
-  check.dims("gates", a.gates, 3, "[T, B, 4H]");
-  check.dims("w_hh", a.w_hh, 2, "[4H, H]");
-  const DType dtype = a.gates.dtype;
-  const auto T = a.gates.shape[0], B = a.gates.shape[1], H = a.w_hh.shape[1];
-  check.tensor("w_hh", a.w_hh, dtype, {4 * H, H}, "[4H, H]");
-  check.tensor("gates", a.gates, dtype, {T, B, 4 * H}, "[T, B, 4H]");
-  check.optional("d_y", a.d_y, dtype, {T, B, H}, "[T, B, H]");
-  check.optional("d_h_n", a.d_h_n, dtype, {B, H}, "[B, H]");
-  check.optional("d_c_n", a.d_c_n, dtype, {B, H}, "[B, H]");
+void recurrent_forward(const RecurrentForwardArgs& a) {
+  const Check check("recurrent_forward");
+  const auto [N, B, G, H, P, dtype, accumulate] = check_options(check, a.options, a.gates);
+  const bool lstm = a.options.cell == RecurrentCell::kLstm;
+  check.optional("h0", a.h0, dtype, {B, P}, "[B, P]");
   check.optional("c0", a.c0, dtype, {B, H}, "[B, H]");
-  check.tensor("cells", a.cells, accumulate_dtype(dtype), {T, B, H}, "[T, B, H]");
-  check.tensor("d_gates", a.d_gates, dtype, {T, B, 4 * H}, "[T, B, 4H]");
+  check.optional("first_hh", a.first_hh, dtype, {B, G * H}, "[B, G*H]");
+  check.tensor("y", a.y, dtype, {N, P}, "[N, P]");
+  check.tensor("h_n", a.h_n, dtype, {B, P}, "[B, P]");
+  if (lstm) check.tensor("c_n", a.c_n, dtype, {B, H}, "[B, H]");
+  check.optional("cells", a.cells, accumulate, {N, H}, "[N, H]");
+  check.optional("hidden", a.hidden, accumulate, {N, H}, "[N, H]");
+  check.optional("hh", a.hh, accumulate, {N, G * H}, "[N, G*H]");
+  check.optional("unprojected", a.unprojected, dtype, {N, H}, "[N, H]");
+  if (a.first_hh.defined() && N != B) check.fail("first_hh must be absent but for a single step");
+  cpu::kernels().recurrent_forward(a);
+}
+
+void recurrent_backward(const RecurrentBackwardArgs& a) {
+  const Check check("recurrent_backward");
+  const auto [N, B, G, H, P, dtype, accumulate] = check_options(check, a.options, a.gates);
+  const RecurrentOptions& o = a.options;
+  check.optional("d_y", a.d_y, dtype, {N, P}, "[N, P]");
+  check.optional("d_h_n", a.d_h_n, dtype, {B, P}, "[B, P]");
+  check.optional("d_c_n", a.d_c_n, dtype, {B, H}, "[B, H]");
+  check.optional("d_cells", a.d_cells, dtype, {N, H}, "[N, H]");
+  check.optional("h0", a.h0, dtype, {B, P}, "[B, P]");
+  check.optional("c0", a.c0, dtype, {B, H}, "[B, H]");
+  check.tensor("y", a.y, dtype, {N, P}, "[N, P]");
+  check.optional("cells", a.cells, accumulate, {N, H}, "[N, H]");
+  check.optional("hidden", a.hidden, accumulate, {N, H}, "[N, H]");
+  check.optional("hh", a.hh, accumulate, {N, G * H}, "[N, G*H]");
+  check.tensor("d_gates", a.d_gates, dtype, {N, G * H}, "[N, G*H]");
+  check.optional("d_hh", a.d_hh, dtype, {N, G * H}, "[N, G*H]");
+  check.optional("d_h", a.d_h, dtype, {N, P}, "[N, P]");
+  check.optional("d_normed", a.d_normed, dtype, {N, G * H}, "[N, G*H]");
+  check.optional("c_now", a.c_now, accumulate, {N, H}, "[N, H]");
+  check.optional("d_c_normed", a.d_c_normed, dtype, {N, H}, "[N, H]");
+  check.optional("d_h0", a.d_h0, dtype, {B, P}, "[B, P]");
   check.optional("d_c0", a.d_c0, dtype, {B, H}, "[B, H]");
-  cpu::kernels().lstm_backward(a);
+  if (o.cell == RecurrentCell::kLstm) require(check, "cells", a.cells);
+  if (o.cell == RecurrentCell::kGru && !a.recompute) require(check, "hidden", a.hidden);
+  if (o.norm_hh.defined() || a.recompute) require(check, "hh", a.hh);
+  if (o.w_hr.defined()) require(check, "d_h", a.d_h);
+  if (o.norm_c_weight.defined()) require(check, "d_c_normed", a.d_c_normed);
+  cpu::kernels().recurrent_backward(a);
 }
 
 }  // namespace lmkern

@@ -1,55 +1,108 @@
 // Recurrent layers: one layer, one direction, a whole sequence.
 //
-// Math (LSTM)   gates_t = x_t W_ih^T + b_ih + b_hh + h_{t-1} W_hh^T      i | f | g | o, each [B, H]
-//               c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)
-//               h_t = sigmoid(o) * tanh(c_t)
-// Gradient      with i, f, g, o now the activations and d_h = d_y_t + d_h_{from t+1}:
-//               d_c  = d_c_{from t+1} + d_h o (1 - tanh^2 c_t)
-//               d_gates = [d_c g i(1-i), d_c c_{t-1} f(1-f), d_c i (1-g^2), d_h tanh(c_t) o(1-o)]
-//               d_c_{t-1} = d_c f        d_h_{t-1} = d_gates W_hh
-//               Outside this kernel, as single products: d_W_ih = d_gates^T x, d_W_hh =
-//               d_gates^T h_{t-1}, d_x = d_gates W_ih over all steps, d_b = sum of d_gates, and
-//               d_h0 = d_gates W_hh of the first step.
-// Shapes        T >= 1   gates [T, B, 4H]   w_hh [4H, H]   h0, c0, h_n, c_n [B, H]   y [T, B, H]
-// Layout        all contiguous, time first. dtype: one of float32, float64, bfloat16 for all, but
-//               cells and c_n's running value are kept in float for bfloat16 (`cells` is float32).
-// Aliasing      gates is updated in place: x W_ih^T + b in, activations out. Outputs alias nothing.
-// Numerics      accumulation in float (double for float64), one FMA chain over k; h is rounded to
-// the
-//               storage type only where it is written to y. Same bits for any thread count.
-// Source        Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; gate order
-//               and biases as torch.nn.LSTM.
+// Math          With x'_t = x_t W_ih^T + b_ih (made by the caller) and hh_t = m * h_{t-1} W_hh^T +
+//               b_hh, where m is the recurrent dropout's mask:
+//   LSTM        i, f, o = sigmoid(x' + hh), g = tanh(x' + hh)      gates i | f | g | o
+//               c_t = f * c_{t-1} + i * g        h_t = o * tanh(c_t)
+//   GRU         r, z = sigmoid(x' + hh), n = tanh(x'_n + r * hh_n) gates r | z | n
+//               h_t = (1 - z) * n + z * h_{t-1}
+//   Elman       h_t = act(x' + hh), act one of tanh, relu, sigmoid
+//   Options, all composable:
+//   peephole    i, f also see p_i c_{t-1}, p_f c_{t-1}; o sees p_o c_t            (LSTM)
+//   norm        hh = LN(h W_hh^T) * gain + b_hh over all G*H values, and, for the LSTM,
+//               h = o * tanh(LN(c) * weight + bias); the carried c is not normalised
+//   zoneout     c_t <- z c_{t-1} + (1 - z) c_t, likewise h_t; z is a mask or, without one, a rate.
+//               h_t is computed from the c_t before zoneout
+//   projection  h_t <- h_t W_hr^T                                                 (LSTM)
+//   reset       h_{t-1} = c_{t-1} = 0 in marked rows, before the step
+// Gradient      d_act of each gate from d_h and d_c as usual; d_gates is dL/dx', d_hh is dL/d(h W^T).
+//               They differ for the GRU (n's share is scaled by r) and under norm.
+//               d_h_{t-1} = m * (d_hh_t W_hh) + what z and zoneout pass on.
+//               Outside this kernel, as single products over all steps: d_W_ih, d_W_hh, d_x, d_b.
+// Shapes        G gates (4, 3, 1), H units, P = width of h (H, or the projection's).
+//               N rows in all: T * B for a rectangular batch; with batch_sizes, the rows of a
+//               PackedSequence: step t has batch_sizes[t] rows, they follow each other, and row b of a
+//               step continues row b of the step before.
+// Layout        all contiguous. dtype S: one of float32, float64, bfloat16, float16 for all, but what
+//               is marked A (accumulate) is float64 for float64 and float32 otherwise.
+// Aliasing      gates is updated in place: x' in, activations out. Outputs alias nothing.
+// Numerics      accumulation in A, one chain over k; the recurrence itself is never rounded to S, only
+//               what is written out. Same bits for any number of threads.
+// Source        Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; peepholes: Gers
+//               & Schmidhuber 2000; Cho et al. 2014, in cuDNN's variant with b_hn inside r * (.); Elman
+//               1990; layer norm: Ba et al. 2016; zoneout: Krueger et al. 2017; recurrent dropout: Gal &
+//               Ghahramani 2016; projection: Sak et al. 2014.
 #pragma once
 #include "core/tensor_view.h"
 
 namespace lmkern {
 
-struct LstmForwardArgs {
-  TensorView gates;  // [T, B, 4H] in: x W_ih^T + b;  out: activations, if `cells` is given
-  TensorView w_hh;   // [4H, H]
-  TensorView h0;     // [B, H], absent: zeros
-  TensorView c0;     // [B, H], absent: zeros
-  TensorView y;      // [T, B, H] out
-  TensorView h_n;    // [B, H] out
-  TensorView c_n;    // [B, H] out
-  TensorView cells;  // [T, B, H] out, Accumulate dtype; absent: inference, nothing is saved
-  bool reverse;      // step T-1 first
+enum class RecurrentCell : int { kLstm, kGru, kRnnTanh, kRnnRelu, kRnnSigmoid };
+
+// What both passes read besides their activations. Absent views switch an option off.
+struct RecurrentOptions {
+  RecurrentCell cell;
+  bool reverse;             // step T-1 first
+  std::int64_t batch;       // B
+  TensorView w_hh;          // [G*H, P]
+  TensorView b_hh;          // [G*H]
+  TensorView w_hr;          // [P, H]
+  TensorView peephole;      // [3H]: i, f, o
+  TensorView norm_hh;       // [G*H] gain
+  TensorView norm_c_weight; // [H]
+  TensorView norm_c_bias;   // [H]
+  double eps;
+  TensorView h_mask;        // [B, P]
+  TensorView zoneout_h;     // bool [N, P]
+  TensorView zoneout_c;     // bool [N, H]
+  double zoneout_h_rate, zoneout_c_rate;
+  TensorView reset;         // bool [N]
+  TensorView batch_sizes;   // int64 [T]; absent: T = N / B steps of B rows
 };
 
-struct LstmBackwardArgs {
-  TensorView d_y;      // [T, B, H], absent: zeros
-  TensorView d_h_n;    // [B, H], absent: zeros
+struct RecurrentForwardArgs {
+  RecurrentOptions options;
+  TensorView gates;   // [N, G*H] in: x' ; out: activations, if `save`
+  TensorView h0;      // [B, P], absent: zeros
+  TensorView c0;      // [B, H], absent: zeros
+  TensorView first_hh;  // [B, G*H]: h0 W_hh^T, for a single step only; then w_hh is not read
+  TensorView y;       // [N, P] out
+  TensorView h_n;     // [B, P] out
+  TensorView c_n;     // [B, H] out (LSTM)
+  TensorView cells;   // A [N, H] out: c_t; absent: not wanted
+  TensorView hidden;  // A [N, H] out: the GRU's hh_n; absent: not wanted
+  TensorView hh;      // A [N, G*H] out: h W_hh^T before norm; absent: not wanted
+  TensorView unprojected;  // [N, H] out: o * tanh(c); absent: not wanted
+  bool save;               // write activations back to gates
+};
+
+struct RecurrentBackwardArgs {
+  RecurrentOptions options;
+  TensorView d_y;      // [N, P], absent: zeros
+  TensorView d_h_n;    // [B, P], absent: zeros
   TensorView d_c_n;    // [B, H], absent: zeros
-  TensorView w_hh;     // [4H, H]
+  TensorView d_cells;  // [N, H], absent: zeros
+  TensorView h0;       // [B, P], absent: zeros
   TensorView c0;       // [B, H], absent: zeros
-  TensorView gates;    // [T, B, 4H] activations, as lstm_forward left them
-  TensorView cells;    // [T, B, H]
-  TensorView d_gates;  // [T, B, 4H] out
+  TensorView y;        // [N, P]
+  TensorView gates;    // [N, G*H] activations, or x' if `recompute`
+  TensorView cells;    // A [N, H] (LSTM)
+  TensorView hidden;   // A [N, H] (GRU)
+  TensorView hh;       // A [N, G*H]: under norm h W_hh^T; with `recompute` h W_hh^T + b_hh otherwise
+  TensorView d_gates;  // [N, G*H] out
+  TensorView d_hh;     // [N, G*H] out, where it differs from d_gates
+  TensorView d_h;      // [N, P] out: dL/dh before the projection's product; projection only
+  TensorView d_normed;    // [N, G*H] out: dL/d(LN(h W^T) * gain + b_hh); norm only, absent: not wanted
+  TensorView d_c_normed;  // [N, H] out: dL/d(LN(c) * weight + bias); norm only
+  TensorView c_now;    // A [N, H] out: c_t before zoneout, absent: not wanted
+  TensorView d_h0;     // [B, P] out, absent: not wanted; of a single step without m * (d_hh W_hh)
   TensorView d_c0;     // [B, H] out, absent: not wanted
-  bool reverse;
+  bool recompute;      // gates are computed again from x' and hh
 };
 
-void lstm_forward(const LstmForwardArgs& args);
-void lstm_backward(const LstmBackwardArgs& args);
+void recurrent_forward(const RecurrentForwardArgs& args);
+void recurrent_backward(const RecurrentBackwardArgs& args);
+
+int gates_of(RecurrentCell cell);
 
 }  // namespace lmkern

@@ -1,0 +1,177 @@
+"""The rows of a recurrent layer's batch as its kernel wants them.
+
+A kernel runs over N rows, step after step; which rows of the batch take part in a step is a rectangle
+or, as in a PackedSequence, a staircase. Padded input with ``lengths`` is brought into that form here:
+rows sorted by length, padding left out, so that padded steps cost nothing.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """Between a caller's layout and the kernel's. The base class: [T, B, ...] without padding.
+
+    pack/unpack: of what has a value at each step; sort/unsort: of what has one for each row of the
+    batch; ``index``: where packing is more than a view.
+    """
+
+    index: Tensor | None = None
+    batch_sizes: Tensor | None = None
+
+    def __init__(self, lead: torch.Size, batch: int) -> None:
+        self.lead, self.batch = lead, batch
+        self.count = lead.numel()
+        self.single = self.count == batch  # one step of all rows
+
+    @overload
+    def pack(self, x: Tensor) -> Tensor: ...
+    @overload
+    def pack(self, x: None) -> None: ...
+    def pack(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.flatten(0, 1).contiguous()
+
+    def fresh(self, y: Tensor) -> Tensor:
+        """A buffer for the kernel's form of y: y itself, where that is a view."""
+        return y.flatten(0, 1)
+
+    def unpack(self, packed: Tensor, out: Tensor) -> None:
+        """Writes the kernel's form to ``out``, which may be where ``packed`` lies."""
+        if packed.data_ptr() != out.data_ptr() or packed.dtype != out.dtype:
+            out.copy_(packed.view(out.shape))
+
+    def sort(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    def fresh_state(self, out: Tensor) -> Tensor:
+        return out
+
+    def unsort(self, packed: Tensor, out: Tensor) -> None:
+        """Writes the kernel's form of a state to ``out``."""
+
+    def unsorted(self, packed: Tensor) -> Tensor:
+        return packed
+
+    def each_step(self, x: Tensor | None) -> Tensor:
+        """[B, ...] repeated for the rows of all steps."""
+        assert x is not None
+        return x.repeat(self.count // max(self.batch, 1), 1)
+
+    def previous(self, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
+        """[N, P]: y of the step before each row's, ``initial`` (or zeros) for its first."""
+        if initial is None:
+            initial = y.new_zeros(self.batch, y.shape[1])
+        if reverse:
+            return torch.cat([y[self.batch :], initial])
+        return torch.cat([initial, y[: y.shape[0] - self.batch]])
+
+    def recurrent_weight_gradient(
+        self, d_hh: Tensor, y: Tensor, h0: Tensor | None, reverse: bool
+    ) -> Tensor:
+        """sum over rows of d_hh_t^T h_{t-1}, without a copy of y."""
+        b, n = self.batch, self.count
+        first, rest, before = (
+            (slice(n - b, n), slice(0, n - b), slice(b, n))
+            if reverse
+            else (slice(0, b), slice(b, n), slice(0, n - b))
+        )
+        d_w = d_hh[rest].t() @ y[before]
+        return d_w if h0 is None else d_w.addmm_(d_hh[first].t(), h0)
+
+
+class PackedRows(Rows):
+    """[N, ...] as in a PackedSequence, whose rows are sorted already."""
+
+    def __init__(self, lead: torch.Size, batch: int, batch_sizes: Tensor) -> None:
+        super().__init__(lead, batch)
+        self.single = False
+        self.batch_sizes = batch_sizes
+
+    @overload
+    def pack(self, x: Tensor) -> Tensor: ...
+    @overload
+    def pack(self, x: None) -> None: ...
+    def pack(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    def fresh(self, y: Tensor) -> Tensor:
+        return y
+
+    def _positions(self) -> tuple[Tensor, Tensor]:
+        """Time and row of the batch of each of the N rows."""
+        assert self.batch_sizes is not None
+        sizes = self.batch_sizes
+        time = torch.repeat_interleave(torch.arange(sizes.numel()), sizes)
+        offsets = sizes.cumsum(0) - sizes
+        return time, torch.arange(self.count) - offsets[time]
+
+    def each_step(self, x: Tensor | None) -> Tensor:
+        assert x is not None
+        return x.index_select(0, self._positions()[1])
+
+    def previous(self, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
+        assert self.batch_sizes is not None
+        if initial is None:
+            initial = y.new_zeros(self.batch, y.shape[1])
+        sizes = self.batch_sizes
+        time, row = self._positions()
+        here = torch.arange(self.count)
+        if reverse:
+            following = torch.cat([sizes[1:], sizes.new_zeros(1)])
+            source = torch.where(row < following[time], here + sizes[time], self.count + row)
+        else:
+            source = torch.where(time > 0, here - sizes[(time - 1).clamp(min=0)], self.count + row)
+        return torch.cat([y, initial]).index_select(0, source)
+
+
+class SortedRows(PackedRows):
+    """[T, B, ...] with lengths: sorted by length, without the padding."""
+
+    def __init__(self, lead: torch.Size, batch: int, lengths: Tensor) -> None:
+        steps = lead[0]
+        self.order = lengths.argsort(descending=True, stable=True)
+        taking_part = torch.arange(steps).unsqueeze(1) < lengths[self.order]
+        place = torch.arange(steps).unsqueeze(1) * batch + self.order
+        self.index = place[taking_part]
+        super().__init__(lead, batch, taking_part.sum(1))
+        self.count = self.index.numel()
+
+    @overload
+    def pack(self, x: Tensor) -> Tensor: ...
+    @overload
+    def pack(self, x: None) -> None: ...
+    def pack(self, x: Tensor | None) -> Tensor | None:
+        assert self.index is not None
+        return None if x is None else x.flatten(0, 1).index_select(0, self.index)
+
+    def fresh(self, y: Tensor) -> Tensor:
+        return y.new_empty(self.count, y.shape[-1])
+
+    def unpack(self, packed: Tensor, out: Tensor) -> None:
+        assert self.index is not None
+        out.zero_().flatten(0, 1).index_copy_(0, self.index, packed.to(out.dtype))
+
+    def sort(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.index_select(0, self.order)
+
+    def fresh_state(self, out: Tensor) -> Tensor:
+        return torch.empty_like(out)
+
+    def unsort(self, packed: Tensor, out: Tensor) -> None:
+        out.index_copy_(0, self.order, packed)
+
+    def unsorted(self, packed: Tensor) -> Tensor:
+        return torch.empty_like(packed).index_copy_(0, self.order, packed)
+
+
+def rows_of(x: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None, batch: int) -> Rows:
+    """The rows of x: [T, B, I], or [N, I] with batch_sizes."""
+    if batch_sizes is not None:
+        return PackedRows(x.shape[:-1], batch, batch_sizes)
+    if lengths is not None:
+        return SortedRows(x.shape[:-1], batch, lengths)
+    return Rows(x.shape[:-1], batch)
