@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmkern import _C, reference
-from lmkern.ops.library import accumulate_dtype, define_op, reference_backward, without_autocast
+from lmkern.ops.library import (
+    accumulate_dtype,
+    define_op,
+    needs_grad,
+    reference_backward,
+    without_autocast,
+)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -196,7 +201,9 @@ class LSTMFunction(torch.autograd.Function):
         reverse = ctx.reverse
         if torch.is_grad_enabled():
             grads = reference_backward(
-                functools.partial(reference.lstm, reverse=reverse), inputs, (d_y, d_h_n, d_c_n)
+                lambda *a: reference.recurrence("lstm", *a, reverse=reverse)[:3],
+                inputs,
+                (d_y, d_h_n, d_c_n),
             )
             return (*grads, None)
         need = ctx.needs_input_grad
@@ -216,3 +223,27 @@ class LSTMFunction(torch.autograd.Function):
             d_c0 if need[6] else None,
             None,
         )
+
+
+def recurrence(
+    cell: str,
+    x: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Stands in for the kernels of the whole family: only the plain LSTM has one yet."""
+    plain = all(v is None or v is False for k, v in options.items() if k != "reverse")
+    if cell != "lstm" or x.dtype == torch.float16 or not plain or w_ih is None:
+        return reference.recurrence(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, **options)
+    args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0)
+    reverse = options.get("reverse", False)
+    if needs_grad(*args):
+        y, h_n, c_n = LSTMFunction.apply(*args, reverse)
+    else:
+        y, h_n, c_n, _, _ = torch.ops.lmkern.lstm_forward(*args, reverse, False)
+    return y, h_n, c_n, None
