@@ -1,30 +1,29 @@
-"""Recurrent layers."""
+"""Recurrent layers. What they share, and their forward, is in recurrent_base.py."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module, Parameter, init
 from torch.nn.utils.rnn import PackedSequence
 
-from lmkern._warnings import warn_once
-from lmkern.functional import lstm
+from lmkern.functional import gru, lstm, rnn
+from lmkern.nn.recurrent_base import RNNBase
 
 State = tuple[Tensor, Tensor]
 
 
-class LSTM(Module):
-    r"""``torch.nn.LSTM`` on lmkern's kernels.
+class LSTM(RNNBase):
+    r"""``torch.nn.LSTM`` on lmkern's kernels, and more.
 
     .. math::
         i, f, g, o = W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh} \\
         c_t = σ(f) ⊙ c_{t-1} + σ(i) ⊙ \tanh(g), \quad h_t = σ(o) ⊙ \tanh(c_t)
 
     Constructor arguments, parameter names and shapes, ``state_dict`` and initialisation are exactly
-    torch's: a checkpoint of one loads into the other, and the same seed gives the same weights.
+    torch's: a checkpoint of one loads into the other, and the same seed gives the same weights. The
+    keyword-only arguments are ours; their parameters come in addition.
 
     Args:
         input_size: I, features of the input.
@@ -34,19 +33,41 @@ class LSTM(Module):
         batch_first: input and output are [B, T, ...] instead of [T, B, ...].
         dropout: probability of dropout on the output of every layer but the last.
         bidirectional: a second direction, its output concatenated.
-        proj_size: if > 0, h is projected to this many features; runs torch's operator for now.
+        proj_size: if > 0, h is projected to this many features P: h_t = W_hr (σ(o) ⊙ tanh(c_t)).
         device, dtype: of the parameters.
+        layer_norm: LayerNorm of W_ih x, of W_hh h (over all gates, with the gains ``norm_ih_l*`` and
+            ``norm_hh_l*`` [4H] and the biases of the layer) and of c_t on its way to h
+            (``norm_cell_weight_l*``, ``norm_cell_bias_l*`` [H]).
+        zoneout: probability with which each value of h keeps that of the step before; a pair for h and
+            c. In evaluation both are mixed in the same proportion.
+        recurrent_dropout: probability of dropping a value of h on its way into W_hh, with one mask for
+            the whole sequence.
+        weight_drop: probability of dropping a weight of W_hh, with one mask for each call.
+        recompute: keep only h and c for the backward and compute the gates again.
+        hidden_sizes: a size for each layer, ending in ``hidden_size``; ``num_layers`` may stay 1. The
+            states are then tuples, see below. Excludes ``proj_size``.
+        peephole: i, f and o also see the cell, through ``peephole_l*`` [3H].
 
     Shape:
-        - input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, or a PackedSequence
-          (which runs torch's operator for now).
-        - hx: (h_0, c_0), each [num_layers * directions, B, H], or without B if unbatched; zeros if
-          None.
-        - returns output [T, B, directions * H] (laid out like the input) and (h_n, c_n), shaped as hx.
+        - input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, or a PackedSequence.
+        - hx: (h_0, c_0), [num_layers * directions, B, P or H], or without B if unbatched; zeros if
+          None. With ``hidden_sizes``, h_0 and c_0 are tuples with one [B, H_k] for each layer and
+          direction.
+        - lengths: int64 [B], how many steps of each row count: the others give zeros and leave the
+          state alone. No sorting, no packing.
+        - reset_mask: bool [T, B], laid out like the input ([B, T], [T], or a PackedSequence): True
+          starts the row anew, from a state of zeros, at this step.
+        - returns output [T, B, directions * (P or H)] (laid out like the input) and (h_n, c_n),
+          shaped as hx; with ``return_cell_states`` also all c_t of the last layer, laid out like the
+          output: [T, B, directions * H].
 
     Raises:
-        ValueError: an input or state of the wrong shape, naming expected and actual.
+        ValueError, TypeError: an input or state that does not fit, naming expected and actual.
+
+    Source: as :func:`lmkern.functional.lstm`; ``weight_drop``: Merity et al. 2018 (AWD-LSTM).
     """
+
+    _function = staticmethod(lstm)
 
     def __init__(
         self,
@@ -60,181 +81,162 @@ class LSTM(Module):
         proj_size: int = 0,
         device=None,
         dtype=None,
+        *,
+        layer_norm: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        recompute: bool = False,
+        hidden_sizes: Sequence[int] | None = None,
+        peephole: bool = False,
     ) -> None:
-        super().__init__()
-        for name, value, low in (
-            ("input_size", input_size, 0),
-            ("hidden_size", hidden_size, 1),
-            ("num_layers", num_layers, 1),
-            ("proj_size", proj_size, 0),
-        ):
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"LSTM: {name} must be an integer >= {low}, got {value!r}")
-        if isinstance(dropout, bool) or not 0 <= dropout <= 1:
-            raise ValueError(f"LSTM: dropout must be a probability in [0, 1], got {dropout!r}")
-        if proj_size >= hidden_size:
-            raise ValueError(
-                f"LSTM: proj_size must be smaller than hidden_size = {hidden_size}, got {proj_size}"
-            )
-        self.mode = "LSTM"
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
-        self.bidirectional, self.proj_size = bidirectional, proj_size
-
-        for layer in range(num_layers):
-            for suffix in self._suffixes(layer):
-                below = input_size if layer == 0 else self._features * self._directions
-                shapes: dict[str, tuple[int, ...]] = {"weight_ih": (4 * hidden_size, below)}
-                shapes["weight_hh"] = (4 * hidden_size, self._features)
-                if bias:
-                    shapes["bias_ih"] = shapes["bias_hh"] = (4 * hidden_size,)
-                if proj_size > 0:
-                    shapes["weight_hr"] = (proj_size, hidden_size)
-                for name, shape in shapes.items():
-                    weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
-                    setattr(self, f"{name}_{suffix}", weight)
-        self.reset_parameters()
-
-    @property
-    def _directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @property
-    def _features(self) -> int:  # of h
-        return self.proj_size or self.hidden_size
-
-    def _suffixes(self, layer: int) -> list[str]:
-        return [f"l{layer}", f"l{layer}_reverse"][: self._directions]
-
-    def _weights(self, suffix: str) -> list[Tensor]:
-        names = ["weight_ih", "weight_hh"]
-        names += ["bias_ih", "bias_hh"] if self.bias else []
-        names += ["weight_hr"] if self.proj_size else []
-        return [getattr(self, f"{name}_{suffix}") for name in names]
-
-    @property
-    def all_weights(self) -> list[list[Tensor]]:
-        """The parameters of each layer and direction, as in torch."""
-        return [self._weights(s) for n in range(self.num_layers) for s in self._suffixes(n)]
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters from U(-1/√H, 1/√H), in torch's order."""
-        bound = 1.0 / math.sqrt(self.hidden_size)
-        for weight in self.parameters():
-            init.uniform_(weight, -bound, bound)
-
-    def flatten_parameters(self) -> None:
-        """Does nothing: there is no flat weight buffer to keep. Here so that callers need not care."""
-
-    def extra_repr(self) -> str:
-        parts = [f"{self.input_size}, {self.hidden_size}"]
-        defaults = {
-            "proj_size": 0,
-            "num_layers": 1,
-            "bias": True,
-            "batch_first": False,
-            "dropout": 0.0,
-            "bidirectional": False,
-        }
-        parts += [f"{k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v]
-        return ", ".join(parts)
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, device, dtype, layer_norm=layer_norm, zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout, weight_drop=weight_drop, recompute=recompute,
+            hidden_sizes=hidden_sizes, peephole=peephole,
+        )  # fmt: skip
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: State | None = None
-    ) -> tuple[Tensor | PackedSequence, State]:
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
-        if not isinstance(input, torch.Tensor):
-            raise TypeError(
-                f"LSTM: input must be a Tensor or PackedSequence, got {type(input).__name__}"
-            )
-        if input.dim() not in (2, 3):
-            raise ValueError(f"LSTM: input must be 2-D or 3-D, got {list(input.shape)}")
-        if input.shape[-1] != self.input_size:
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | PackedSequence | None = None,
+        return_cell_states: bool = False,
+    ) -> Any:
+        output, h_n, c_n, cells = self._run(input, hx, lengths, reset_mask, return_cell_states)
+        return (output, (h_n, c_n), cells) if return_cell_states else (output, (h_n, c_n))
+
+
+class GRU(RNNBase):
+    r"""``torch.nn.GRU`` on lmkern's kernels, and more.
+
+    .. math::
+        r, z = σ(W_{i\{r,z\}} x_t + b_{i\{r,z\}} + W_{h\{r,z\}} h_{t-1} + b_{h\{r,z\}}) \\
+        n = \tanh(W_{in} x_t + b_{in} + r ⊙ (W_{hn} h_{t-1} + b_{hn})), \quad
+        h_t = (1 - z) ⊙ n + z ⊙ h_{t-1}
+
+    Constructor arguments, ``state_dict`` and initialisation are exactly torch's. The keyword-only
+    arguments, and those of ``forward``, are as in :class:`LSTM`, without what concerns its cell
+    state: ``zoneout`` is one rate, ``layer_norm`` has the gains ``norm_ih_l*``, ``norm_hh_l*`` [3H].
+
+    Shape:
+        - input, lengths, reset_mask: as in :class:`LSTM`.
+        - hx: [num_layers * directions, B, H], or without B if unbatched; zeros if None. With
+          ``hidden_sizes`` a tuple of [B, H_k], one for each layer and direction.
+        - returns output [T, B, directions * H] (laid out like the input) and h_n, shaped as hx.
+
+    Raises:
+        ValueError, TypeError: an input or state that does not fit, naming expected and actual.
+
+    Source: as :func:`lmkern.functional.gru`.
+    """
+
+    _function = staticmethod(gru)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        layer_norm: bool = False,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        recompute: bool = False,
+        hidden_sizes: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0,
+            device, dtype, layer_norm=layer_norm, zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout, weight_drop=weight_drop, recompute=recompute,
+            hidden_sizes=hidden_sizes,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | PackedSequence | None = None,
+    ) -> tuple[Any, Any]:
+        return self._run(input, hx, lengths, reset_mask)[:2]
+
+
+class RNN(RNNBase):
+    r"""``torch.nn.RNN``, the Elman network, on lmkern's kernels, and more.
+
+    .. math:: h_t = φ(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    Constructor arguments, ``state_dict`` and initialisation are exactly torch's. The keyword-only
+    arguments, and those of ``forward``, are as in :class:`GRU`, with gains of [H].
+
+    Args:
+        nonlinearity: φ: "tanh" or "relu", as in torch, or "sigmoid".
+
+    Shape: as in :class:`GRU`.
+
+    Raises:
+        ValueError, TypeError: an input or state that does not fit, naming expected and actual.
+
+    Source: as :func:`lmkern.functional.rnn`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        layer_norm: bool = False,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        recompute: bool = False,
+        hidden_sizes: Sequence[int] | None = None,
+    ) -> None:
+        if nonlinearity not in ("tanh", "relu", "sigmoid"):
             raise ValueError(
-                f"LSTM: input must have {self.input_size} features (input_size), got {list(input.shape)}"
+                f"RNN: nonlinearity must be 'tanh', 'relu' or 'sigmoid', got {nonlinearity!r}"
             )
-        batched = input.dim() == 3
-        x = input if batched else input.unsqueeze(1)
-        if batched and self.batch_first:
-            x = x.transpose(0, 1)
-        state = self._check_state(hx, x.shape[1], batched)
-        if state is not None and not batched:
-            state = (state[0].unsqueeze(1), state[1].unsqueeze(1))
-
-        y, (h_n, c_n) = self._torch(x, state) if self.proj_size else self._layers(x, state)
-
-        if batched:
-            return (y.transpose(0, 1) if self.batch_first else y), (h_n, c_n)
-        return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
-
-    def _check_state(self, hx: State | None, batch: int, batched: bool) -> State | None:
-        if hx is None:
-            return None
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            raise TypeError(f"LSTM: hx must be a pair (h_0, c_0), got {type(hx).__name__}")
-        rows = self.num_layers * self._directions
-        for name, tensor, width in (
-            ("h_0", hx[0], self._features),
-            ("c_0", hx[1], self.hidden_size),
-        ):
-            expected = [rows, batch, width] if batched else [rows, width]
-            if list(tensor.shape) != expected:
-                raise ValueError(f"LSTM: {name} must be {expected}, got {list(tensor.shape)}")
-        return hx[0], hx[1]
-
-    def _layers(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        finals_h, finals_c = [], []
-        for layer in range(self.num_layers):
-            outputs = []
-            for direction, suffix in enumerate(self._suffixes(layer)):
-                row = layer * self._directions + direction
-                hx = None if state is None else (state[0][row], state[1][row])
-                w_ih, w_hh, *biases = self._weights(suffix)
-                b_ih, b_hh = biases or (None, None)
-                y, (h, c) = lstm(x, w_ih, w_hh, b_ih, b_hh, hx, reverse=direction == 1)
-                outputs.append(y)
-                finals_h.append(h)
-                finals_c.append(c)
-            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-            if layer < self.num_layers - 1:
-                x = F.dropout(x, self.dropout, self.training)
-        return x, (torch.stack(finals_h), torch.stack(finals_c))
-
-    def _zero_state(self, x: Tensor, batch: int) -> State:
-        rows = self.num_layers * self._directions
-        return x.new_zeros(rows, batch, self._features), x.new_zeros(rows, batch, self.hidden_size)
-
-    def _torch(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        warn_once("LSTM: no kernel for proj_size > 0 yet, running torch's operator")
-        state = self._zero_state(x, x.shape[1]) if state is None else state
-        y, h_n, c_n = torch._VF.lstm(
-            x, state, [w for group in self.all_weights for w in group], self.bias, self.num_layers,
-            self.dropout, self.training, self.bidirectional, False,
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first,
+            dropout, bidirectional, 0, device, dtype, layer_norm=layer_norm, zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout, weight_drop=weight_drop, recompute=recompute,
+            hidden_sizes=hidden_sizes,
         )  # fmt: skip
-        return y, (h_n, c_n)
+        self.nonlinearity = nonlinearity
 
-    def _forward_packed(
-        self, packed: PackedSequence, hx: State | None
-    ) -> tuple[PackedSequence, State]:
-        warn_once("LSTM: no kernel for PackedSequence yet, running torch's operator")
-        batch = int(packed.batch_sizes[0])
-        state = self._check_state(hx, batch, batched=True)
-        if state is None:
-            state = self._zero_state(packed.data, batch)
-        elif packed.sorted_indices is not None:
-            state = (
-                state[0].index_select(1, packed.sorted_indices),
-                state[1].index_select(1, packed.sorted_indices),
-            )
-        y, h_n, c_n = torch._VF.lstm(
-            packed.data, packed.batch_sizes, state, [w for group in self.all_weights for w in group],
-            self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-        )  # fmt: skip
-        if packed.unsorted_indices is not None:
-            h_n = h_n.index_select(1, packed.unsorted_indices)
-            c_n = c_n.index_select(1, packed.unsorted_indices)
-        output = PackedSequence(
-            y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
-        )
-        return output, (h_n, c_n)
+    def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return rnn(*args, activation=self.nonlinearity, **kwargs)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()  # torch's does not tell tanh from relu
+        return text + ", nonlinearity=sigmoid" if self.nonlinearity == "sigmoid" else text
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | PackedSequence | None = None,
+    ) -> tuple[Any, Any]:
+        return self._run(input, hx, lengths, reset_mask)[:2]

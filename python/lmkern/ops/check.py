@@ -49,5 +49,32 @@ def check_dims(op: str, name: str, tensor: Tensor, dims: int, symbolic: str) -> 
         raise ValueError(f"{op}: {name} must be {symbolic}, got {list(tensor.shape)}")
 
 
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int],
+    symbolic: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Everything about one tensor at once: for calls so short that the checks show."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        check_shape(op, name, tensor, shape, symbolic)
+    if tensor.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} like input, got {tensor.device}")
+
+
+def check_pair(op: str, hx: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The state (h, c) of an LSTM."""
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        raise TypeError(f"{op}: hx must be a pair (h, c), got {type(hx).__name__}")
+    return hx
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

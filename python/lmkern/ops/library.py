@@ -34,7 +34,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def use_kernel(op: str, tensor: Tensor) -> bool:
+def use_kernel(
+    op: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+) -> bool:
     """Whether ``op`` runs on its kernel; otherwise the caller takes :mod:`lmkern.reference`.
 
     The reference is made of plain torch operations, so it serves what a kernel cannot: other devices
@@ -45,7 +47,7 @@ def use_kernel(op: str, tensor: Tensor) -> bool:
             f"{op}: no kernel for device '{tensor.device.type}' yet, running plain torch operations"
         )
         return False
-    if tensor.dtype not in KERNEL_DTYPES:
+    if tensor.dtype not in dtypes:
         warn_once(f"{op}: no kernel for {tensor.dtype} yet, running plain torch operations")
         return False
     if torch.compiler.is_compiling():

@@ -1,88 +1,17 @@
-"""The functional API: drop-in counterparts of :mod:`torch.nn.functional`, on lmkern's kernels.
-
-All functions are differentiable (twice, too), work under ``torch.compile``, autocast and
-``torch.func``, and fall back to plain torch operations, with one :class:`lmkern.LmkernWarning`, where
-there is no kernel for a device or dtype. Kernels exist on the CPU for float32, float64 and bfloat16.
-Bad arguments raise ``ValueError``, ``TypeError`` or ``IndexError`` naming the argument, what was
-expected and what came; nothing has been computed then.
-"""
+"""Attention. Math and layouts: csrc/ops/attention.h."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lmkern import reference
 from lmkern._warnings import warn_once
 from lmkern.ops.attention import AttentionFunction
-from lmkern.ops.check import check_dims, check_dtype, check_shape, check_tensors
-from lmkern.ops.embedding import EmbeddingFunction
+from lmkern.ops.check import check_dtype, check_shape, check_tensors
 from lmkern.ops.library import autocast, needs_grad, use_kernel
-from lmkern.ops.recurrent import LSTMFunction
-
-__all__ = ["embedding", "lstm", "scaled_dot_product_attention"]
-
-
-def lstm(
-    input: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    hx: tuple[Tensor, Tensor] | None = None,
-    *,
-    reverse: bool = False,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    r"""One LSTM layer in one direction over a whole sequence.
-
-    .. math::
-        i, f, g, o = W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh} \\
-        c_t = σ(f) ⊙ c_{t-1} + σ(i) ⊙ \tanh(g), \quad h_t = σ(o) ⊙ \tanh(c_t)
-
-    Args:
-        input: [T, B, I], time first.
-        w_ih: [4H, I], gates in torch's order i, f, g, o.
-        w_hh: [4H, H].
-        b_ih, b_hh: [4H], both or neither.
-        hx: initial (h, c), each [B, H]; zeros if None.
-        reverse: run from the last step to the first; ``output`` keeps the input's order.
-
-    Returns:
-        output [T, B, H] and the final (h, c), each [B, H], all of the input's dtype.
-
-    Source: Hochreiter & Schmidhuber 1997; Gers et al. 2000. Equals one layer of ``torch.nn.LSTM``.
-    """
-    h0, c0 = (None, None) if hx is None else hx
-    check_tensors("lstm", input=input, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, h0=h0, c0=c0)
-    if (b_ih is None) != (b_hh is None):
-        raise ValueError("lstm: b_ih and b_hh must be given together")
-    input, w_ih, w_hh, b_ih, b_hh, h0, c0 = autocast(
-        input.device.type, input, w_ih, w_hh, b_ih, b_hh, h0, c0
-    )
-    check_dims("lstm", "input", input, 3, "[T, B, I]")
-    check_dims("lstm", "w_hh", w_hh, 2, "[4H, H]")
-    if input.shape[0] == 0:
-        raise ValueError(f"lstm: input must have at least one time step, got {list(input.shape)}")
-    batch, hidden = input.shape[1], w_hh.shape[1]
-    check_shape("lstm", "w_hh", w_hh, (4 * hidden, hidden), "[4H, H]")
-    check_shape("lstm", "w_ih", w_ih, (4 * hidden, input.shape[2]), "[4H, I]")
-    check_shape("lstm", "b_ih", b_ih, (4 * hidden,), "[4H]")
-    check_shape("lstm", "b_hh", b_hh, (4 * hidden,), "[4H]")
-    check_shape("lstm", "h0", h0, (batch, hidden), "[B, H]")
-    check_shape("lstm", "c0", c0, (batch, hidden), "[B, H]")
-    check_dtype("lstm", input.dtype, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, h0=h0, c0=c0)
-    if not use_kernel("lstm", input):
-        y, h_n, c_n = reference.lstm(input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse)
-    elif needs_grad(input, w_ih, w_hh, b_ih, b_hh, h0, c0):
-        y, h_n, c_n = LSTMFunction.apply(input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse)
-    else:
-        y, h_n, c_n, _, _ = torch.ops.lmkern.lstm_forward(
-            input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, False
-        )
-    return y, (h_n, c_n)
 
 
 def scaled_dot_product_attention(
@@ -217,50 +146,3 @@ def _as_heads(x: Tensor, lead: tuple[int, ...], heads: int) -> Tensor:
     if x.dim() == 4 and x.shape[:2] == (*lead, heads):
         return x
     return x.expand(*lead, heads, *x.shape[-2:]).reshape(math.prod(lead), heads, *x.shape[-2:])
-
-
-def embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    """Rows of ``weight``: out[..., :] = weight[input[...], :].
-
-    Signature and semantics of :func:`torch.nn.functional.embedding`.
-
-    Args:
-        input: int32 or int64 indices of any shape.
-        weight: [V, D].
-        padding_idx: the row that gets no gradient; negative counts from the end.
-        max_norm, norm_type, sparse: as torch, through torch's own operator for now.
-        scale_grad_by_freq: divide a row's gradient by how often it occurs in ``input``.
-
-    Returns:
-        [*input, D].
-
-    Raises:
-        IndexError: an index outside [0, V), naming index, position and V.
-    """
-    check_tensors("embedding", weight=weight, input=input)
-    check_dims("embedding", "weight", weight, 2, "[V, D]")
-    if input.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"embedding: input must be int32 or int64, got {input.dtype}")
-    rows = weight.shape[0]
-    if padding_idx is not None and not -rows <= padding_idx < rows:
-        raise ValueError(f"embedding: padding_idx must be in [-{rows}, {rows}), got {padding_idx}")
-    padding = -1 if padding_idx is None else padding_idx % rows
-    if max_norm is not None or sparse:
-        option = "max_norm" if max_norm is not None else "sparse=True"
-        warn_once(f"embedding: no kernel for {option} yet, running torch's operator")
-        return F.embedding(
-            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-        )
-    if not use_kernel("embedding", weight):
-        return reference.embedding(input, weight, padding, scale_grad_by_freq)
-    if needs_grad(weight):
-        return EmbeddingFunction.apply(weight, input, padding, scale_grad_by_freq)
-    return torch.ops.lmkern.embedding_forward(weight, input)
