@@ -75,6 +75,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                 d_normed, d_c_normed, c_now, d_h0, d_c0, recompute});
         });
 
+  m.def("recurrent_step", [](int cell, TensorView x, TensorView w_ih, TensorView w_hh,
+                             TensorView b_ih, TensorView b_hh, TensorView h, TensorView c,
+                             TensorView h_next, TensorView c_next, TensorView gates,
+                             TensorView cells, TensorView hidden) {
+    call(lmkern::recurrent_step, {static_cast<lmkern::RecurrentCell>(cell), x, w_ih, w_hh, b_ih,
+                                  b_hh, h, c, h_next, c_next, gates, cells, hidden});
+  });
+
   m.def("attention_forward", [](TensorView q, TensorView k, TensorView v, TensorView mask,
                                 TensorView out, TensorView lse, double scale, bool is_causal) {
     call(lmkern::attention_forward, {q, k, v, mask, out, lse, scale, is_causal});

@@ -19,6 +19,7 @@ struct Kernels {
   void (*embedding_backward)(const EmbeddingBackwardArgs&);
   void (*recurrent_forward)(const RecurrentForwardArgs&);
   void (*recurrent_backward)(const RecurrentBackwardArgs&);
+  void (*recurrent_step)(const RecurrentStepArgs&);
   void (*vec_math)(const VecMathArgs&);
   double (*peak_flops)(int threads, std::int64_t iterations);  // float32 FLOP per second
 };

@@ -98,7 +98,8 @@ struct RecurrentPlan {
     for (std::int64_t b = 0; b < steps.batch; ++b) all += steps.length(b);
     Range range{steps.batch, steps.batch};
     for (std::int64_t b = 0; b < steps.batch; ++b) {
-      const int owner = static_cast<int>(before * count / (all < 1 ? 1 : all));
+      // Rows without a step come last, and fall to the last thread.
+      const int owner = before < all ? static_cast<int>(before * count / all) : count - 1;
       if (owner >= thread && b < range.begin) range.begin = b;
       if (owner > thread) {
         range.end = b;

@@ -40,7 +40,8 @@ class BackwardPass {
   const bool zones_c = o.zoneout_c.defined() || o.zoneout_c_rate != 0;
   const std::int64_t projection_panels = projects ? (hidden + kUnits - 1) / kUnits : 0;
   Steps steps{o, a.y.shape[0]};
-  const bool multiplies = steps.count > 1;  // a single step's product is the caller's
+  // The product of a rectangle's single step is the caller's.
+  const bool multiplies = steps.count > 1 || steps.sizes != nullptr;
   const RecurrentPlan plan{steps, panels, panels * depth * kUnits * std::int64_t{sizeof(W)},
                            2 * steps.batch * depth * width};
   StepProduct<T, W, kVecs> recurrent, projection;

@@ -15,6 +15,7 @@ const Kernels table = {
     .embedding_backward = embedding_backward,
     .recurrent_forward = recurrent_forward,
     .recurrent_backward = recurrent_backward,
+    .recurrent_step = recurrent_step,
     .vec_math = vec_math,
     .peak_flops = peak_flops,
 };

@@ -125,4 +125,30 @@ void recurrent_backward(const RecurrentBackwardArgs& a) {
   cpu::kernels().recurrent_backward(a);
 }
 
+void recurrent_step(const RecurrentStepArgs& a) {
+  const Check check("recurrent_step");
+  check.floating("x", a.x);
+  check.dims("x", a.x, 2, "[B, I]");
+  check.dims("w_hh", a.w_hh, 2, "[G*H, H]");
+  const DType dtype = a.x.dtype;
+  const DType accumulate = dtype == DType::kFloat64 ? dtype : DType::kFloat32;
+  const std::int64_t B = a.x.shape[0], I = a.x.shape[1], H = a.w_hh.shape[1];
+  const std::int64_t GH = gates_of(a.cell) * H;
+  const bool lstm = a.cell == RecurrentCell::kLstm;
+  check.tensor("x", a.x, dtype, {B, I}, "[B, I]");
+  check.tensor("w_ih", a.w_ih, dtype, {GH, I}, "[G*H, I]");
+  check.tensor("w_hh", a.w_hh, dtype, {GH, H}, "[G*H, H]");
+  check.optional("b_ih", a.b_ih, dtype, {GH}, "[G*H]");
+  check.optional("b_hh", a.b_hh, dtype, {GH}, "[G*H]");
+  check.optional("h", a.h, dtype, {B, H}, "[B, H]");
+  check.optional("c", a.c, dtype, {B, H}, "[B, H]");
+  check.tensor("h_next", a.h_next, dtype, {B, H}, "[B, H]");
+  if (lstm) check.tensor("c_next", a.c_next, dtype, {B, H}, "[B, H]");
+  check.optional("gates", a.gates, dtype, {B, GH}, "[B, G*H]");
+  if (a.gates.defined() && lstm) check.tensor("cells", a.cells, accumulate, {B, H}, "[B, H]");
+  if (a.gates.defined() && a.cell == RecurrentCell::kGru)
+    check.tensor("hidden", a.hidden, accumulate, {B, H}, "[B, H]");
+  cpu::kernels().recurrent_step(a);
+}
+
 }  // namespace lmkern

@@ -95,13 +95,31 @@ struct RecurrentBackwardArgs {
   TensorView d_normed;    // [N, G*H] out: dL/d(LN(h W^T) * gain + b_hh); norm only, absent: not wanted
   TensorView d_c_normed;  // [N, H] out: dL/d(LN(c) * weight + bias); norm only
   TensorView c_now;    // A [N, H] out: c_t before zoneout, absent: not wanted
-  TensorView d_h0;     // [B, P] out, absent: not wanted; of a single step without m * (d_hh W_hh)
+  TensorView d_h0;     // [B, P] out, absent: not wanted; of a rectangle's single step without m * (d_hh W_hh)
   TensorView d_c0;     // [B, H] out, absent: not wanted
   bool recompute;      // gates are computed again from x' and hh
 };
 
+// One step without options, weights as they are: for small batches, where nothing pays for packing.
+struct RecurrentStepArgs {
+  RecurrentCell cell;
+  TensorView x;       // [B, I]
+  TensorView w_ih;    // [G*H, I]
+  TensorView w_hh;    // [G*H, H]
+  TensorView b_ih;    // [G*H], absent: zeros
+  TensorView b_hh;    // [G*H], absent: zeros
+  TensorView h;       // [B, H], absent: zeros
+  TensorView c;       // [B, H], absent: zeros
+  TensorView h_next;  // [B, H] out
+  TensorView c_next;  // [B, H] out (LSTM)
+  TensorView gates;   // [B, G*H] out: activations; absent: nothing is saved
+  TensorView cells;   // A [B, H] out (LSTM)
+  TensorView hidden;  // A [B, H] out (GRU)
+};
+
 void recurrent_forward(const RecurrentForwardArgs& args);
 void recurrent_backward(const RecurrentBackwardArgs& args);
+void recurrent_step(const RecurrentStepArgs& args);
 
 int gates_of(RecurrentCell cell);
 

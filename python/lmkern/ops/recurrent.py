@@ -3,326 +3,45 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lmkern import _C, reference
-from lmkern.ops.library import (
-    accumulate_dtype,
-    define_op,
-    needs_grad,
-    reference_backward,
-    without_autocast,
+from lmkern import reference
+from lmkern.ops.library import define_op, needs_grad, reference_backward
+from lmkern.ops.recurrent_cpu import (
+    CELLS,
+    DIFFERENTIABLE,
+    Inputs,
+    Options,
+    Saved,
+    backward_cpu,
+    backward_fake,
+    forward_cpu,
+    forward_fake,
 )
-from lmkern.ops.recurrent_rows import Rows, rows_of
-
-# In the order of csrc/ops/recurrent.h's RecurrentCell.
-CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_sigmoid")
-GATES = (4, 3, 1, 1, 1)
-
-_TENSORS = (
-    "x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0", "w_hr", "peephole", "norm_hh", "norm_cell_weight",
-    "norm_cell_bias", "h_mask", "zoneout_h", "zoneout_c", "reset_mask", "lengths", "batch_sizes",
-)  # fmt: skip
-_DIFFERENTIABLE = 12  # the first so many of them
-_OPTIONS = (
-    "int cell, bool reverse, float eps, float zoneout_h_rate, float zoneout_c_rate, bool recompute"
-)
-
-
-class Inputs(NamedTuple):
-    """The tensors of :func:`recurrence`, in the op's order."""
-
-    x: Tensor
-    w_ih: Tensor | None
-    w_hh: Tensor
-    b_ih: Tensor | None
-    b_hh: Tensor | None
-    h0: Tensor | None
-    c0: Tensor | None
-    w_hr: Tensor | None
-    peephole: Tensor | None
-    norm_hh: Tensor | None
-    norm_cell_weight: Tensor | None
-    norm_cell_bias: Tensor | None
-    h_mask: Tensor | None
-    zoneout_h: Tensor | None
-    zoneout_c: Tensor | None
-    reset_mask: Tensor | None
-    lengths: Tensor | None
-    batch_sizes: Tensor | None
-
-
-class Options(NamedTuple):
-    """The numbers of :func:`recurrence`, in the op's order."""
-
-    cell: int
-    reverse: bool
-    eps: float
-    zoneout_h_rate: float
-    zoneout_c_rate: float
-    recompute: bool
-
-
-class Saved(NamedTuple):
-    """What the forward pass leaves to the backward pass; empty where it is not needed."""
-
-    gates: Tensor  # [N, G*H] activations; empty with recompute
-    cells: Tensor  # [N, H] c_t, in the accumulate dtype
-    hidden: Tensor  # [N, H] the GRU's hh_n
-    hh: Tensor  # [N, G*H] h W_hh^T, under norm
-    unprojected: Tensor  # [N, H] o * tanh(c), with a projection
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _kernel_options(i: Inputs, o: Options, rows: Rows) -> tuple[Any, ...]:
-    """csrc's RecurrentOptions."""
-    return (
-        o.cell, o.reverse, rows.batch, i.w_hh.contiguous(), _dense(i.b_hh), _dense(i.w_hr),
-        _dense(i.peephole), _dense(i.norm_hh), _dense(i.norm_cell_weight), _dense(i.norm_cell_bias),
-        o.eps, rows.sort(i.h_mask), rows.pack(i.zoneout_h), rows.pack(i.zoneout_c), o.zoneout_h_rate,
-        o.zoneout_c_rate, rows.pack(i.reset_mask), rows.batch_sizes,
-    )  # fmt: skip
-
-
-def _outputs(i: Inputs, o: Options, save: bool, want_cells: bool) -> tuple[Tensor, ...]:
-    """Fresh y, h_n, c_n, cells for the caller, and Saved: shapes that do not depend on data."""
-    x, width, wide = i.x, i.w_hh.shape[1], i.w_hh.shape[0]
-    hidden = wide // GATES[o.cell]
-    lead = x.shape[:-1]
-    batch = _batch(i)
-    n = lead.numel()
-    wider = accumulate_dtype(x.dtype)
-    lstm, norm = o.cell == 0, i.norm_hh is not None
-
-    def saved(wanted: bool, columns: int, dtype: torch.dtype) -> Tensor:
-        return x.new_empty((n, columns) if save and wanted else (0,), dtype=dtype)
-
-    return (
-        x.new_empty((*lead, width)),
-        x.new_empty(batch, width),
-        x.new_empty((batch, hidden) if lstm else (0,)),
-        x.new_empty((*lead, hidden) if want_cells else (0,)),
-        saved(not o.recompute, wide, x.dtype),
-        saved(lstm, hidden, wider),
-        saved(o.cell == 1 and not o.recompute, hidden, wider),
-        saved(norm and not o.recompute, wide, wider),
-        saved(i.w_hr is not None, hidden, x.dtype),
-    )
-
-
-def _batch(i: Inputs) -> int:
-    if i.batch_sizes is None:
-        return i.x.shape[1]
-    if i.h0 is not None:
-        return i.h0.shape[0]
-    return int(i.batch_sizes[0]) if i.batch_sizes.numel() else 0
-
-
-def _project(i: Inputs, flat: Tensor, out: Tensor) -> None:
-    """out = x W_ih^T + b_ih: one product for all steps."""
-    if i.w_ih is None:
-        torch.add(flat, i.b_ih, out=out) if i.b_ih is not None else out.copy_(flat)
-    elif i.b_ih is None:
-        torch.mm(flat, i.w_ih.t(), out=out)
-    else:
-        torch.addmm(i.b_ih, flat, i.w_ih.t(), out=out)
-
-
-def _recurrent_operand(i: Inputs, rows: Rows, y: Tensor, reverse: bool) -> Tensor:
-    """[N, P]: what entered W_hh at each row, h_{t-1} after reset and mask; y [N, P] packed."""
-    h = rows.previous(y, rows.sort(i.h0), reverse)
-    if i.reset_mask is not None:
-        h = h.masked_fill(rows.pack(i.reset_mask).unsqueeze(1), 0)
-    if i.h_mask is not None:
-        h = h * rows.each_step(rows.sort(i.h_mask))
-    return h
-
-
-def _forward_cpu(*args: Any) -> tuple[Tensor, ...]:
-    i, o = Inputs(*args[:18]), Options(*args[18:24])
-    save, want_cells = args[24:]
-    y, h_n, c_n, cells_out, *kept = _outputs(i, o, save, want_cells)
-    saved = Saved(*kept)
-    rows = rows_of(i.x, i.lengths, i.batch_sizes, _batch(i))
-    n = rows.count
-    wide, hidden = i.w_hh.shape[0], i.w_hh.shape[0] // GATES[o.cell]
-    gates = saved.gates[:n] if saved.gates.numel() else i.x.new_empty(n, wide)
-    packed_y = rows.fresh(y)
-    cells = saved.cells[:n] if saved.cells.numel() else None
-    if cells is None and want_cells:
-        cells = i.x.new_empty(n, hidden, dtype=accumulate_dtype(i.x.dtype))
-    for fresh in (gates, packed_y, *kept):
-        _C.prefer_huge_pages(fresh)
-    first_hh = None
-    h0 = rows.sort(i.h0)
-    with without_autocast():
-        _project(i, rows.pack(i.x), gates)
-        if h0 is not None and rows.single:  # a single product is not worth packing w_hh for
-            first_hh = _recurrent_operand(i, rows, packed_y, o.reverse) @ i.w_hh.t()
-    packed_h, packed_c = rows.fresh_state(h_n), rows.fresh_state(c_n)
-    _C.recurrent_forward(
-        *_kernel_options(i, o, rows), gates, h0, rows.sort(i.c0), first_hh, packed_y, packed_h,
-        packed_c if o.cell == 0 else None, cells, _rows(saved.hidden, n), _rows(saved.hh, n),
-        _rows(saved.unprojected, n), saved.gates.numel() > 0,
-    )  # fmt: skip
-    rows.unpack(packed_y, y)
-    rows.unsort(packed_h, h_n)
-    if o.cell == 0:
-        rows.unsort(packed_c, c_n)
-    if want_cells and cells is not None:
-        rows.unpack(cells, cells_out)
-    return y, h_n, c_n, cells_out, *kept
-
-
-def _rows(saved: Tensor, n: int) -> Tensor | None:
-    return saved[:n] if saved.dim() == 2 else None
-
-
-def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    i, o = Inputs(*args[:18]), Options(*args[18:24])
-    return _outputs(i, o, *args[24:])
-
-
-def _gradients(i: Inputs, need: list[bool]) -> tuple[Tensor, ...]:
-    return tuple(
-        i.x.new_empty(t.shape if wanted and t is not None else (0,))
-        for t, wanted in zip(i[:_DIFFERENTIABLE], need, strict=True)
-    )
-
-
-def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    return _gradients(Inputs(*args[:18]), args[-1])
-
-
-def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
-    i, o = Inputs(*args[:18]), Options(*args[18:24])
-    d_y, d_h_n, d_c_n, d_cells, y = args[24:29]
-    kept, need = args[29:34], args[34]
-    rows = rows_of(i.x, i.lengths, i.batch_sizes, _batch(i))
-    n, wide, width = rows.count, i.w_hh.shape[0], i.w_hh.shape[1]
-    hidden = wide // GATES[o.cell]
-    lstm, gru = o.cell == 0, o.cell == 1
-    norm, normed_c = i.norm_hh is not None, i.norm_cell_weight is not None
-    wider = accumulate_dtype(i.x.dtype)
-    gates, cells, saved_hidden, hh, unprojected = (_rows(t, n) for t in kept)
-    packed_y = rows.pack(y)
-    h0, c0 = rows.sort(i.h0), rows.sort(i.c0)
-    plain_operand = rows.batch_sizes is None and i.reset_mask is None and i.h_mask is None
-    operand = None
-    with without_autocast():
-        if not plain_operand or o.recompute:
-            operand = _recurrent_operand(i, rows, packed_y, o.reverse)
-        if o.recompute:
-            assert operand is not None
-            gates = i.x.new_empty(n, wide)
-            _project(i, rows.pack(i.x), gates)
-            if norm or i.b_hh is None:
-                hh = (operand @ i.w_hh.t()).to(wider)
-            else:
-                hh = torch.addmm(i.b_hh, operand, i.w_hh.t()).to(wider)
-
-    new = i.x.new_empty
-    d_gates = new(n, wide)
-    d_hh = new(n, wide) if gru or norm else None
-    d_h = new(n, width) if i.w_hr is not None else None
-    d_normed = new(n, wide) if norm and gru else None
-    d_c_normed = new(n, hidden) if normed_c else None
-    c_now = None
-    if (normed_c or i.peephole is not None) and (i.zoneout_c is not None or o.zoneout_c_rate):
-        c_now = new(n, hidden, dtype=wider)
-    d_h0 = new(rows.batch, width) if need[5] else None
-    d_c0 = new(rows.batch, hidden) if need[6] else None
-    _C.prefer_huge_pages(d_gates)
-    _C.recurrent_backward(
-        *_kernel_options(i, o, rows), rows.pack(d_y), rows.sort(d_h_n), rows.sort(d_c_n),
-        rows.pack(d_cells), h0, c0, packed_y, gates, cells, saved_hidden, hh, d_gates, d_hh, d_h,
-        d_normed, d_c_normed, c_now, d_h0, d_c0, o.recompute,
-    )  # fmt: skip
-    if d_hh is None:
-        d_hh = d_gates
-    if d_normed is None:
-        d_normed = d_gates if norm else d_hh
-    if c_now is None:
-        c_now = cells
-
-    grads = list(_gradients(i, need))  # outputs that nobody asked for are empty
-
-    def put(at: int, value: Tensor) -> None:
-        grads[at] = value.to(i.x.dtype)
-
-    with without_autocast():
-        if need[0]:
-            d_x = d_gates if i.w_ih is None else d_gates @ i.w_ih
-            rows.unpack(d_x, grads[0]) if rows.index is not None else put(0, d_x.view(i.x.shape))
-        if need[1]:
-            put(1, d_gates.t() @ rows.pack(i.x))
-        if need[2]:
-            if operand is not None:
-                put(2, d_hh.t() @ operand)
-            else:
-                put(2, rows.recurrent_weight_gradient(d_hh, packed_y, h0, o.reverse))
-        if need[3] or (need[4] and d_normed is d_gates):
-            d_b = d_gates.sum(0, dtype=wider)
-            if need[3]:
-                put(3, d_b)
-            if need[4] and d_normed is d_gates:
-                put(4, d_b.clone() if need[3] else d_b)
-        if need[4] and d_normed is not d_gates:
-            put(4, d_normed.sum(0, dtype=wider))
-        if need[5] and d_h0 is not None:
-            if rows.single:  # the kernel leaves a single step's product to us
-                product = d_hh @ i.w_hh
-                if i.h_mask is not None:
-                    product = product * i.h_mask
-                if i.reset_mask is not None:
-                    product = product.masked_fill(rows.pack(i.reset_mask).unsqueeze(1), 0)
-                d_h0 = d_h0 + product
-            put(5, rows.unsorted(d_h0))
-        if need[6] and d_c0 is not None:
-            put(6, rows.unsorted(d_c0))
-        if need[7] and d_h is not None and unprojected is not None:
-            put(7, d_h.t() @ unprojected)
-        if need[8] and cells is not None and c_now is not None:
-            c_prev = rows.previous(cells, None if c0 is None else c0.to(wider), o.reverse)
-            if i.reset_mask is not None:
-                c_prev = c_prev.masked_fill(rows.pack(i.reset_mask).unsqueeze(1), 0)
-            d_i, d_f, _, d_o = d_gates.to(wider).chunk(4, 1)
-            put(8, torch.cat([(d_i * c_prev).sum(0), (d_f * c_prev).sum(0), (d_o * c_now).sum(0)]))
-        if need[9] and hh is not None:
-            put(9, (d_normed.to(wider) * F.layer_norm(hh, (wide,), eps=o.eps)).sum(0))
-        if d_c_normed is not None and c_now is not None:
-            d = d_c_normed.to(wider)
-            if need[10]:
-                put(10, (d * F.layer_norm(c_now, (hidden,), eps=o.eps)).sum(0))
-            if need[11]:
-                put(11, d.sum(0))
-    return tuple(grads)
-
 
 _INPUT_SCHEMA = ", ".join(
-    f"Tensor{'' if name in ('x', 'w_hh') else '?'} {name}" for name in _TENSORS
+    f"Tensor{'' if name in ('x', 'w_hh') else '?'} {name}" for name in Inputs._fields
 )
 _SAVED_SCHEMA = ", ".join(f"Tensor {name}" for name in Saved._fields)
-define_op(
-    f"recurrent_forward({_INPUT_SCHEMA}, {_OPTIONS}, bool save, bool want_cells) -> "
-    f"(Tensor y, Tensor h_n, Tensor c_n, Tensor c, {_SAVED_SCHEMA})",
-    cpu=_forward_cpu,
-    fake=_forward_fake,
+_OPTIONS_SCHEMA = (
+    "int cell, bool reverse, float eps, float zoneout_h_rate, float zoneout_c_rate, bool recompute"
 )
 define_op(
-    f"recurrent_backward({_INPUT_SCHEMA}, {_OPTIONS}, Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, "
+    f"recurrent_forward({_INPUT_SCHEMA}, {_OPTIONS_SCHEMA}, bool save, bool want_cells) -> "
+    f"(Tensor y, Tensor h_n, Tensor c_n, Tensor c, {_SAVED_SCHEMA})",
+    cpu=forward_cpu,
+    fake=forward_fake,
+)
+define_op(
+    f"recurrent_backward({_INPUT_SCHEMA}, {_OPTIONS_SCHEMA}, Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, "
     f"Tensor? d_c, Tensor y, {_SAVED_SCHEMA}, bool[] need) -> ("
-    + ", ".join(f"Tensor d_{name}" for name in _TENSORS[:_DIFFERENTIABLE])
+    + ", ".join(f"Tensor d_{name}" for name in Inputs._fields[:DIFFERENTIABLE])
     + ")",
-    cpu=_backward_cpu,
-    fake=_backward_fake,
+    cpu=backward_cpu,
+    fake=backward_fake,
 )
 
 
@@ -350,7 +69,7 @@ class RecurrenceFunction(torch.autograd.Function):
         d_y, d_h_n, *rest = grad_outputs
         d_c_n = rest.pop(0) if options[0] == 0 else None
         d_c = rest.pop(0) if ctx.want_cells else None
-        need = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+        need = list(ctx.needs_input_grad[:DIFFERENTIABLE])
         grads = torch.ops.lmkern.recurrent_backward(
             *inputs, *options, d_y, d_h_n, d_c_n, d_c, y, *kept, need
         )
@@ -411,7 +130,7 @@ def recurrence(
         h_mask, zoneout_h, zoneout_c, reset_mask, lengths, batch_sizes,
     )  # fmt: skip
     options = (CELLS.index(cell), reverse, eps, zoneout_h_rate, zoneout_c_rate, recompute)
-    if needs_grad(*inputs[:_DIFFERENTIABLE]):
+    if needs_grad(*inputs[:DIFFERENTIABLE]):
         outputs = RecurrenceFunction.apply(*inputs, options, return_cells)
         y, h_n, *rest = outputs
         c_n = rest.pop(0) if cell == "lstm" else None
