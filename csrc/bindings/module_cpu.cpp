@@ -77,10 +77,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("recurrent_step", [](int cell, TensorView x, TensorView w_ih, TensorView w_hh,
                              TensorView b_ih, TensorView b_hh, TensorView h, TensorView c,
-                             TensorView h_next, TensorView c_next, TensorView gates,
+                             TensorView h_next, TensorView y, TensorView c_next, TensorView gates,
                              TensorView cells, TensorView hidden) {
     call(lmkern::recurrent_step, {static_cast<lmkern::RecurrentCell>(cell), x, w_ih, w_hh, b_ih,
-                                  b_hh, h, c, h_next, c_next, gates, cells, hidden});
+                                  b_hh, h, c, h_next, y, c_next, gates, cells, hidden});
   });
 
   m.def("attention_forward", [](TensorView q, TensorView k, TensorView v, TensorView mask,

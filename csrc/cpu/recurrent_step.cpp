@@ -102,7 +102,9 @@ struct StepPass {
       if constexpr (Cell::kHasC) c = load_optional<S>(a.c, at, n);
       if constexpr (Cell::kReadsH) h_prev = load_optional<S>(a.h, at, n);
       Cell::update(gates, product, static_cast<const V*>(nullptr), c);
-      store_n(a.h_next.ptr<S>() + at, Cell::output(gates, c, h_prev), n);
+      const V h_next = Cell::output(gates, c, h_prev);
+      store_n(a.h_next.ptr<S>() + at, h_next, n);
+      if (a.y.defined()) store_n(a.y.ptr<S>() + at, h_next, n);
       if constexpr (Cell::kHasC) store_n(a.c_next.ptr<S>() + at, c, n);
       if (!a.gates.defined()) continue;
       for (int g = 0; g < kGates; ++g)

@@ -143,6 +143,7 @@ void recurrent_step(const RecurrentStepArgs& a) {
   check.optional("h", a.h, dtype, {B, H}, "[B, H]");
   check.optional("c", a.c, dtype, {B, H}, "[B, H]");
   check.tensor("h_next", a.h_next, dtype, {B, H}, "[B, H]");
+  check.optional("y", a.y, dtype, {B, H}, "[B, H]");
   if (lstm) check.tensor("c_next", a.c_next, dtype, {B, H}, "[B, H]");
   check.optional("gates", a.gates, dtype, {B, GH}, "[B, G*H]");
   if (a.gates.defined() && lstm) check.tensor("cells", a.cells, accumulate, {B, H}, "[B, H]");

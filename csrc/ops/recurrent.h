@@ -111,6 +111,7 @@ struct RecurrentStepArgs {
   TensorView h;       // [B, H], absent: zeros
   TensorView c;       // [B, H], absent: zeros
   TensorView h_next;  // [B, H] out
+  TensorView y;       // [B, H] out: h_next once more; absent: not wanted
   TensorView c_next;  // [B, H] out (LSTM)
   TensorView gates;   // [B, G*H] out: activations; absent: nothing is saved
   TensorView cells;   // A [B, H] out (LSTM)

@@ -13,8 +13,6 @@ from lmkern.ops.check import check_tensor
 from lmkern.ops.library import autocast, use_kernel, without_autocast
 from lmkern.ops.recurrent import recurrence
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # that have a kernel
-
 # How messages call the shapes of w_ih, w_hh, w_hh with a projection, and a vector of all gates.
 _SYMBOLS = {
     4: ("[4H, I]", "[4H, H]", "[4H, P]", "[4H]"),
@@ -111,7 +109,7 @@ def run_layer(
     if c0 is not None:
         check_tensor(op, "c0", c0, (batch, hidden), "[B, H]", dtype, device)
     # A hidden size of 0 is allowed in torch's cells.
-    kernel = use_kernel(op, input, DTYPES) and hidden > 0
+    kernel = use_kernel(op, input, transforms=True) and hidden > 0
     run = recurrence if kernel else reference.recurrence
 
     if (

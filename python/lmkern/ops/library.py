@@ -14,7 +14,7 @@ from lmkern._warnings import warn_once
 
 _LIBRARY = torch.library.Library("lmkern", "DEF")
 
-KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _KERNEL_DEVICES = ("cpu", "meta")
 
 
@@ -34,27 +34,41 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def use_kernel(
-    op: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
-) -> bool:
+def register_vmap(name: str, rule: Callable[..., Any]) -> None:
+    """The batching rule of ``lmkern::name``: rule(info, in_dims, *args) -> outputs, out_dims."""
+    torch.library.register_vmap(f"lmkern::{name}", rule, lib=_LIBRARY)
+
+
+def _forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, torch.autograd's or torch.func's."""
+    if forward_ad._current_level >= 0:
+        return True
+    jvp = torch._C._functorch.TransformType.Jvp
+    return any(i.key() == jvp for i in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def use_kernel(op: str, tensor: Tensor, *, transforms: bool = False) -> bool:
     """Whether ``op`` runs on its kernel; otherwise the caller takes :mod:`lmkern.reference`.
 
     The reference is made of plain torch operations, so it serves what a kernel cannot: other devices
-    and dtypes (with one warning), functorch transforms and forward-mode differentiation.
+    and dtypes (with one warning), forward-mode differentiation, and, unless the op has rules for them
+    (``transforms``), the transforms of torch.func.
     """
     if tensor.device.type not in _KERNEL_DEVICES:
         warn_once(
             f"{op}: no kernel for device '{tensor.device.type}' yet, running plain torch operations"
         )
         return False
-    if tensor.dtype not in dtypes:
+    if tensor.dtype not in KERNEL_DTYPES:
         warn_once(f"{op}: no kernel for {tensor.dtype} yet, running plain torch operations")
         return False
     if torch.compiler.is_compiling():
         return True
     # OpenMP keeps its thread count per thread; asking torch makes it set ours in a new Python thread.
     torch.get_num_threads()
-    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
+    if torch._C._are_functorch_transforms_active():
+        return transforms and not _forward_mode()
+    return forward_ad._current_level < 0
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

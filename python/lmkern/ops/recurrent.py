@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmkern import reference
-from lmkern.ops.library import define_op, needs_grad, reference_backward
+from lmkern.ops.library import define_op, needs_grad, reference_backward, register_vmap
 from lmkern.ops.recurrent_cpu import (
     CELLS,
     DIFFERENTIABLE,
@@ -21,6 +21,7 @@ from lmkern.ops.recurrent_cpu import (
     forward_cpu,
     forward_fake,
 )
+from lmkern.ops.recurrent_transforms import RecurrenceTransform, vmap_backward, vmap_forward
 
 _INPUT_SCHEMA = ", ".join(
     f"Tensor{'' if name in ('x', 'w_hh') else '?'} {name}" for name in Inputs._fields
@@ -43,6 +44,8 @@ define_op(
     cpu=backward_cpu,
     fake=backward_fake,
 )
+register_vmap("recurrent_forward", vmap_forward)
+register_vmap("recurrent_backward", vmap_backward)
 
 
 class RecurrenceFunction(torch.autograd.Function):
@@ -131,6 +134,11 @@ def recurrence(
     )  # fmt: skip
     options = (CELLS.index(cell), reverse, eps, zoneout_h_rate, zoneout_c_rate, recompute)
     if needs_grad(*inputs[:DIFFERENTIABLE]):
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            y, h_n, c_n, c, *_ = RecurrenceTransform.apply(
+                _run_reference, options, return_cells, *inputs
+            )
+            return y, h_n, c_n if cell == "lstm" else None, c if return_cells else None
         outputs = RecurrenceFunction.apply(*inputs, options, return_cells)
         y, h_n, *rest = outputs
         c_n = rest.pop(0) if cell == "lstm" else None

@@ -132,11 +132,63 @@ def _recurrent_operand(i: Inputs, rows: Rows, y: Tensor, reverse: bool) -> Tenso
     return h
 
 
+# Up to here a step reads its weights as they are, at the speed of the cache; beyond, a product library
+# or a packed panel reads them once for many rows.
+SMALL_BATCH = 4
+
+
+def _is_small_step(i: Inputs, o: Options) -> bool:
+    """Whether this is one step of a few rows, without options."""
+    return (
+        i.batch_sizes is None
+        and i.x.shape[0] == 1
+        and 0 < i.x.shape[1] <= SMALL_BATCH
+        and i.w_ih is not None
+        and all(t is None for t in i[7:17])
+        and not o.recompute
+        and o.zoneout_h_rate == 0.0 == o.zoneout_c_rate
+    )
+
+
+def step(
+    cell: int,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h: Tensor | None,
+    c: Tensor | None,
+    h_next: Tensor,
+    y: Tensor | None,
+    c_next: Tensor | None,
+    saved: Saved | None,
+) -> None:
+    """One step of a small batch, straight from the weights."""
+    _C.recurrent_step(
+        cell, x.contiguous(), w_ih.contiguous(), w_hh.contiguous(), _dense(b_ih), _dense(b_hh),
+        _dense(h), _dense(c), h_next, y, c_next if cell == 0 else None,
+        saved.gates if saved is not None else None,
+        saved.cells if saved is not None and cell == 0 else None,
+        saved.hidden if saved is not None and cell == 1 else None,
+    )  # fmt: skip
+
+
 def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     i, o = Inputs(*args[:18]), Options(*args[18:24])
     save, want_cells = args[24:]
     y, h_n, c_n, cells_out, *kept = _outputs(i, o, save, want_cells)
     saved = Saved(*kept)
+    if _is_small_step(i, o):
+        w_ih = i.w_ih
+        assert w_ih is not None
+        step(
+            o.cell, i.x[0], w_ih, i.w_hh, i.b_ih, i.b_hh, i.h0, i.c0, h_n, y[0], c_n,
+            saved if save else None,
+        )  # fmt: skip
+        if want_cells:
+            cells_out.copy_(c_n)
+        return y, h_n, c_n, cells_out, *kept
     rows = rows_of(i.x, i.lengths, i.batch_sizes, _batch(i))
     n = rows.count
     wide, hidden = i.w_hh.shape[0], i.w_hh.shape[0] // GATES[o.cell]
