@@ -87,8 +87,26 @@ def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     )
 
 
+class plain_products:
+    """For products inside op implementations: below autograd, and without autocast, whose dtypes were
+    settled outside."""
+
+    def __enter__(self) -> None:
+        self._guard = torch._C._AutoDispatchBelowAutograd()
+        self._guard.__enter__()
+        self._autocast = None
+        if torch.is_autocast_enabled("cpu"):
+            self._autocast = torch.autocast("cpu", enabled=False)
+            self._autocast.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._autocast is not None:
+            self._autocast.__exit__(*exception)
+        self._guard.__exit__(*exception)
+
+
 def without_autocast() -> contextlib.AbstractContextManager[Any]:
-    """For products inside op implementations, whose dtypes were settled outside."""
+    """For differentiable operations whose dtypes were settled before."""
     if torch.is_autocast_enabled("cpu"):
         return torch.autocast("cpu", enabled=False)
     return contextlib.nullcontext()

@@ -133,12 +133,13 @@ def recurrence(
         h_mask, zoneout_h, zoneout_c, reset_mask, lengths, batch_sizes,
     )  # fmt: skip
     options = (CELLS.index(cell), reverse, eps, zoneout_h_rate, zoneout_c_rate, recompute)
-    if needs_grad(*inputs[:DIFFERENTIABLE]):
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled():  # a wrapped tensor does not say whether it needs a gradient
             y, h_n, c_n, c, *_ = RecurrenceTransform.apply(
                 _run_reference, options, return_cells, *inputs
             )
             return y, h_n, c_n if cell == "lstm" else None, c if return_cells else None
+    elif needs_grad(*inputs[:DIFFERENTIABLE]):
         outputs = RecurrenceFunction.apply(*inputs, options, return_cells)
         y, h_n, *rest = outputs
         c_n = rest.pop(0) if cell == "lstm" else None

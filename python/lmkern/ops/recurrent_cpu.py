@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmkern import _C
-from lmkern.ops.library import accumulate_dtype, without_autocast
+from lmkern.ops.library import accumulate_dtype, plain_products
 from lmkern.ops.recurrent_rows import Rows, rows_of
 
 # In the order of csrc/ops/recurrent.h's RecurrentCell.
@@ -201,7 +201,7 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
         _C.prefer_huge_pages(fresh)
     first_hh = None
     h0 = rows.sort(i.h0)
-    with without_autocast():
+    with plain_products():
         _project(i, rows.pack(i.x), gates)
         if h0 is not None and rows.single:  # a single product is not worth packing w_hh for
             first_hh = _recurrent_operand(i, rows, packed_y, o.reverse) @ i.w_hh.t()
@@ -255,7 +255,7 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     h0, c0 = rows.sort(i.h0), rows.sort(i.c0)
     plain_operand = rows.batch_sizes is None and i.reset_mask is None and i.h_mask is None
     operand = None
-    with without_autocast():
+    with plain_products():
         if not plain_operand or o.recompute:
             operand = _recurrent_operand(i, rows, packed_y, o.reverse)
         if o.recompute:
@@ -296,7 +296,7 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     def put(at: int, value: Tensor) -> None:
         grads[at] = value.to(i.x.dtype)
 
-    with without_autocast():
+    with plain_products():
         if need[0]:
             d_x = d_gates if i.w_ih is None else d_gates @ i.w_ih
             rows.unpack(d_x, grads[0]) if rows.index is not None else put(0, d_x.view(i.x.shape))
