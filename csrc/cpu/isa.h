@@ -6,6 +6,7 @@
 
 #include "ops/attention.h"
 #include "ops/embedding.h"
+#include "ops/matmul.h"
 #include "ops/recurrent.h"
 #include "ops/vec_math.h"
 
@@ -19,6 +20,7 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackwardArgs&);
   void (*embedding_forward)(const EmbeddingForwardArgs&);
   void (*embedding_backward)(const EmbeddingBackwardArgs&);
+  bool (*matmul)(const MatmulArgs&);
   void (*vec_math)(const VecMathArgs&);
   double (*peak_flops)(int threads, std::int64_t iterations);  // float32 FLOP per second
 };

@@ -10,6 +10,7 @@ void attention_forward(const AttentionForwardArgs& args);
 void attention_backward(const AttentionBackwardArgs& args);
 void embedding_forward(const EmbeddingForwardArgs& args);
 void embedding_backward(const EmbeddingBackwardArgs& args);
+bool matmul(const MatmulArgs& args);
 void vec_math(const VecMathArgs& args);
 double peak_flops(int threads, std::int64_t iterations);
 

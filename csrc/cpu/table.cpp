@@ -15,6 +15,7 @@ const Kernels table = {
     .attention_backward = attention_backward,
     .embedding_forward = embedding_forward,
     .embedding_backward = embedding_backward,
+    .matmul = matmul,
     .vec_math = vec_math,
     .peak_flops = peak_flops,
 };
