@@ -22,14 +22,14 @@ function(_lmkern_add_isa target isa vec_bytes flags sources)
   target_compile_definitions(${target} PRIVATE LMKERN_HAVE_${isa})
 endfunction()
 
-# x86-64: baseline (SSE2), avx2, avx512, and for tests avx2wide, the 16-lane code on hardware without
+# x86-64: baseline (SSE2), avx2, avx512, amx (avx512 with tiles), and for tests avx2wide, the 16-lane code on hardware without
 # AVX-512, where the compiler splits each vector in two. Arm: neon. Elsewhere: baseline.
 function(lmkern_add_cpu_kernels target)
   set(flags_baseline "")
   set(bytes_baseline 16)
   set(default baseline)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    set(default baseline avx2 avx512)
+    set(default baseline avx2 avx512 amx)
     set(flags_avx2 -mavx2 -mfma -mf16c)
     set(bytes_avx2 32)
     set(flags_avx2wide ${flags_avx2})
@@ -37,6 +37,8 @@ function(lmkern_add_cpu_kernels target)
     set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
       -mprefer-vector-width=512)
     set(bytes_avx512 64)
+    set(flags_amx ${flags_avx512} -mamx-tile -mamx-bf16)
+    set(bytes_amx 64)
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
     set(default neon)
     set(flags_neon "")

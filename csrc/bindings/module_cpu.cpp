@@ -102,6 +102,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     call(lmkern::embedding_backward, {d_out, indices, d_weight, padding_idx, scale_grad_by_freq});
   });
 
+  m.def("matmul", [](TensorView a, TensorView b, TensorView bias, TensorView out, bool transpose_a,
+                     bool transpose_b, bool accumulate) {
+    py::gil_scoped_release released;
+    return lmkern::matmul({a, b, bias, out, transpose_a, transpose_b, accumulate});
+  });
+
   m.def("vec_math", [](const std::string& function, TensorView x, TensorView out) {
     call(lmkern::vec_math, {vec_function(function), x, out});
   });

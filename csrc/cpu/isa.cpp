@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef LMKERN_HAVE_amx
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lmkern::cpu {
 
 #define LMKERN_DECLARE(isa)   \
@@ -22,12 +28,33 @@ LMKERN_DECLARE(avx2wide)
 #ifdef LMKERN_HAVE_avx512
 LMKERN_DECLARE(avx512)
 #endif
+#ifdef LMKERN_HAVE_amx
+LMKERN_DECLARE(amx)
+#endif
 #ifdef LMKERN_HAVE_neon
 LMKERN_DECLARE(neon)
 #endif
 #undef LMKERN_DECLARE
 
 namespace {
+
+#if defined(LMKERN_HAVE_avx512) || defined(LMKERN_HAVE_amx)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+#ifdef LMKERN_HAVE_amx
+// Tiles are 8 KiB of state for each thread, so Linux wants to be asked (since 5.16; it may refuse).
+// The answer holds for all threads of the process.
+bool has_amx() {
+  constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTiles) && (edx & kBFloat16) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 // In ascending order of preference; the test build avx2wide is never preferred to avx2.
 std::vector<const Kernels*> supported() {
@@ -46,9 +73,10 @@ std::vector<const Kernels*> supported() {
   if (has_avx2) tables.push_back(&avx2::table);
 #endif
 #ifdef LMKERN_HAVE_avx512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    tables.push_back(&avx512::table);
+  if (has_avx512()) tables.push_back(&avx512::table);
+#endif
+#ifdef LMKERN_HAVE_amx
+  if (has_avx512() && has_amx()) tables.push_back(&amx::table);
 #endif
   return tables;
 }

@@ -6,6 +6,7 @@
 
 #include "ops/attention.h"
 #include "ops/embedding.h"
+#include "ops/matmul.h"
 #include "ops/recurrent.h"
 #include "ops/vec_math.h"
 
@@ -20,6 +21,7 @@ struct Kernels {
   void (*recurrent_forward)(const RecurrentForwardArgs&);
   void (*recurrent_backward)(const RecurrentBackwardArgs&);
   void (*recurrent_step)(const RecurrentStepArgs&);
+  bool (*matmul)(const MatmulArgs&);
   void (*vec_math)(const VecMathArgs&);
   double (*peak_flops)(int threads, std::int64_t iterations);  // float32 FLOP per second
 };

@@ -43,10 +43,12 @@ class ForwardPass {
   Steps steps{o, a.y.shape[0]};
   // A single step's product comes from the caller, and a first step from zeros has none.
   const bool multiplies = !a.first_hh.defined() && (steps.count > 1 || a.h0.defined());
-  const RecurrentPlan plan{steps, panels, panels * width * kColumns * kLane * std::int64_t{sizeof(W)},
-                           2 * steps.batch * kGates * hidden * width};
-  StepProduct<T, W, kColumns> recurrent;
-  StepProduct<T, W, kProjectionVecs> projection;
+  const bool tiles = kTilesFor<S> && multiplies && fills_tiles(steps.batch);
+  const RecurrentPlan plan{
+      steps, panels, panels * width * kColumns * kLane * (tiles ? 6 : std::int64_t{sizeof(W)}),
+      2 * steps.batch * kGates * hidden * width, tiles};
+  StepProduct<S, W, kColumns> recurrent;
+  StepProduct<S, W, kProjectionVecs> projection;
   T* h;     // [B][padded_width], carried
   T* c;     // [B][padded], carried
   T* hh;    // [B][G*H], under norm where the caller keeps none
@@ -65,8 +67,8 @@ class ForwardPass {
   explicit ForwardPass(const RecurrentForwardArgs& args) : a(args) {
     Scratch::place([this](Scratch& scratch) {
       steps.place(scratch);
-      recurrent.place(scratch, steps.batch, width, multiplies ? panels : 0);
-      projection.place(scratch, steps.batch, hidden, projection_panels);
+      recurrent.place(scratch, steps.batch, width, multiplies ? panels : 0, tiles);
+      projection.place(scratch, steps.batch, hidden, projection_panels, tiles);
       h = scratch.take<T>(steps.batch * padded_width);
       c = scratch.take<T>(Cell::kHasC ? steps.batch * padded : 0);
       hh = scratch.take<T>(norm ? steps.batch * kGates * hidden : 0);
@@ -86,6 +88,7 @@ class ForwardPass {
       const auto meet = [&] {
         if (!plan.by_rows) barrier.wait(threads);
       };
+      const amx::TileRegisters registers(tiles);
       pack(thread, threads);
       const Range mine = plan.by_rows ? rows : thread_range(steps.batch, 1, thread, threads);
       load_state(mine);
@@ -128,21 +131,31 @@ class ForwardPass {
   }
 
   void pack(int thread, int threads) {
-    const Range own = thread_range(panels, 1, thread, threads);
-    for (std::int64_t p = own.begin; multiplies && p < own.end; ++p)
+    const Range own = thread_range(multiplies ? panels : 0, 1, thread, threads);
+    for (std::int64_t p = own.begin; p < own.end; ++p) {
+      const S* rows[kColumns];
+      std::int64_t counts[kColumns];
       for (int g = 0; g < kGates; ++g)
         for (int v = 0; v < kVecs; ++v) {
           const std::int64_t u = p * kUnits + v * kLane, n = units_at(u, hidden), from = g * hidden + u;
-          recurrent.pack_rows(p, g * kVecs + v, o.w_hh.ptr<const S>() + from * width, width, n);
+          rows[g * kVecs + v] = o.w_hh.ptr<const S>() + (n > 0 ? from * width : 0);
+          counts[g * kVecs + v] = n;
           recurrent.set_bias(p, g * kVecs + v, norm ? V{} : load_optional<S>(o.b_hh, from, n));
         }
+      recurrent.pack_rows(p, rows, counts, width);
+    }
     const Range projected = thread_range(projection_panels, 1, thread, threads);
-    for (std::int64_t p = projected.begin; p < projected.end; ++p)
+    for (std::int64_t p = projected.begin; p < projected.end; ++p) {
+      const S* rows[kProjectionVecs];
+      std::int64_t counts[kProjectionVecs];
       for (int v = 0; v < kProjectionVecs; ++v) {
-        const std::int64_t u = (p * kProjectionVecs + v) * kLane;
-        projection.pack_rows(p, v, o.w_hr.ptr<const S>() + u * hidden, hidden, units_at(u, width));
+        const std::int64_t u = (p * kProjectionVecs + v) * kLane, n = units_at(u, width);
+        rows[v] = o.w_hr.ptr<const S>() + (n > 0 ? u * hidden : 0);
+        counts[v] = n;
         projection.set_bias(p, v, V{});
       }
+      projection.pack_rows(p, rows, counts, hidden);
+    }
   }
 
   // What enters W_hh: h_{t-1} under the recurrent dropout's mask, unless the step resets.
@@ -152,6 +165,8 @@ class ForwardPass {
   }
 
   void load_state(Range rows) {
+    if (multiplies) recurrent.clear_padding(rows);
+    if (projects) projection.clear_padding(rows);
     for (std::int64_t b = rows.begin; b < rows.end; ++b) {
       const std::int64_t length = steps.length(b), first = steps.reverse ? length - 1 : 0;
       const bool reset = length > 0 && resets(steps.offset(first) + b);

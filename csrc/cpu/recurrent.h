@@ -3,11 +3,11 @@
 #pragma once
 #include "core/memory.h"
 #include "core/parallel.h"
-#include "cpu/gemm.h"
 #include "cpu/vec_math.h"
 #include "cells/elman.h"
 #include "cells/gru.h"
 #include "cells/lstm.h"
+#include "cpu/step_product.h"
 #include "ops/recurrent.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
@@ -76,16 +76,18 @@ struct Steps {
 struct RecurrentPlan {
   int threads;
   bool by_rows;
+  std::int64_t row_align;
 
   // weight_bytes: the packed W_hh; step_flops: of one time step; items: panels that can be divided.
   LMKERN_INLINE RecurrentPlan(const Steps& steps, std::int64_t items, std::int64_t weight_bytes,
-                              std::int64_t step_flops) {
+                              std::int64_t step_flops, bool tiles)
+      : row_align(tiles ? 16 : 1) {
     constexpr std::int64_t kCacheBytes = 1 << 20;    // of a core, with room for the activations
     constexpr std::int64_t kForkFlops = 400'000;     // a parallel region costs about 4 us
     constexpr std::int64_t kBarrierFlops = 150'000;  // a barrier about 0.5 us on each core
     threads = max_threads();
-    by_rows = weight_bytes <= kCacheBytes && steps.batch >= 3 * threads;
-    if (by_rows) items = steps.batch;
+    by_rows = weight_bytes <= kCacheBytes && steps.batch >= (tiles ? 16 : 3) * threads;
+    if (by_rows) items = (steps.batch + row_align - 1) / row_align;
     if (threads > items) threads = static_cast<int>(items < 1 ? 1 : items);
     if (steps.count * step_flops < kForkFlops || (!by_rows && step_flops < kBarrierFlops)) threads = 1;
   }
@@ -93,7 +95,8 @@ struct RecurrentPlan {
   // This thread's rows of the batch: all of them by units; otherwise shares of equal numbers of steps.
   LMKERN_INLINE Range rows_of(const Steps& steps, int thread, int count) const {
     if (!by_rows) return {0, steps.batch};
-    if (steps.sizes == nullptr) return thread_range(steps.batch, 1, thread, count);
+    if (steps.sizes == nullptr || row_align > 1)
+      return thread_range(steps.batch, row_align, thread, count);
     std::int64_t all = 0, before = 0;
     for (std::int64_t b = 0; b < steps.batch; ++b) all += steps.length(b);
     Range range{steps.batch, steps.batch};
@@ -113,61 +116,6 @@ struct RecurrentPlan {
   LMKERN_INLINE Range share_of(std::int64_t n, int thread, int count) const {
     return by_rows ? Range{0, n} : thread_range(n, 1, thread, count);
   }
-};
-
-// The product of a step, out = operand weights + bias, over panels of N vectors of columns. The
-// operand is written by the epilogue of the step before, so there are two of them.
-template <class T, class W, int N>
-class StepProduct {
- public:
-  static constexpr std::int64_t kColumns = N * kLanes<T>;  // of a panel
-
-  LMKERN_INLINE void place(Scratch& scratch, std::int64_t rows, std::int64_t depth,
-                           std::int64_t panels) {
-    depth_ = depth;
-    stride_ = (depth + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-    packed_ = scratch.take<W>(panels * depth * kColumns);
-    bias_ = scratch.take<T>(panels * kColumns);
-    for (T*& operand : operands_) operand = scratch.take<T>(rows * stride_);
-  }
-
-  // Vector j of a panel's columns, from `count` rows of a matrix whose rows are columns here.
-  template <class S>
-  LMKERN_INLINE void pack_rows(std::int64_t panel, int j, const S* from, std::int64_t stride,
-                               std::int64_t count) {
-    transpose_into(from, stride, count, kLanes<T>, depth_,
-                   packed_ + panel * depth_ * kColumns + j * kLanes<T>, kColumns);
-  }
-  // The same from a matrix that has `count` of the columns side by side.
-  template <class S>
-  LMKERN_INLINE void pack_columns(std::int64_t panel, int j, const S* from, std::int64_t stride,
-                                  std::int64_t count) {
-    W* const to = packed_ + panel * depth_ * kColumns + j * kLanes<T>;
-    for (std::int64_t k = 0; k < depth_; ++k)
-      store(to + k * kColumns, load_n(from + k * stride, count));
-  }
-  LMKERN_INLINE void set_bias(std::int64_t panel, int j, Vec<T> bias) {
-    store(bias_ + panel * kColumns + j * kLanes<T>, bias);
-  }
-
-  LMKERN_INLINE void set_operand(int slot, std::int64_t row, std::int64_t k, Vec<T> v,
-                                 std::int64_t n) {
-    store_n(operands_[slot] + row * stride_ + k, v, n);
-  }
-
-  // nonzero: false where the operand is known to be zero.
-  LMKERN_INLINE void multiply(int slot, Range rows, std::int64_t panel, bool nonzero, T* out) const {
-    multiply_panel<N, T, W>(rows.end - rows.begin, nonzero ? depth_ : 0,
-                            operands_[slot] + rows.begin * stride_,
-                            stride_, packed_ + panel * depth_ * kColumns,
-                            bias_ + panel * kColumns, out);
-  }
-
- private:
-  std::int64_t depth_, stride_;
-  W* packed_;      // [panels][depth][N vectors]
-  T* bias_;        // [panels][N vectors]
-  T* operands_[2]; // [rows][stride]
 };
 
 // load_n of an optional tensor: zeros where it is absent.

@@ -42,9 +42,11 @@ class BackwardPass {
   Steps steps{o, a.y.shape[0]};
   // The product of a rectangle's single step is the caller's.
   const bool multiplies = steps.count > 1 || steps.sizes != nullptr;
-  const RecurrentPlan plan{steps, panels, panels * depth * kUnits * std::int64_t{sizeof(W)},
-                           2 * steps.batch * depth * width};
-  StepProduct<T, W, kVecs> recurrent, projection;
+  const bool tiles = kTilesFor<S> && multiplies && fills_tiles(steps.batch);
+  const RecurrentPlan plan{steps, panels,
+                           panels * depth * kUnits * (tiles ? 6 : std::int64_t{sizeof(W)}),
+                           2 * steps.batch * depth * width, tiles};
+  StepProduct<S, W, kVecs> recurrent, projection;
   T* d_h;   // [B][padded_width]: dL/dh_t, what bypasses W_hh; before a step, from the later one
   T* d_c;   // [B][padded]: dL/dc_t from the later step
   T* d_out; // [B][padded]: dL/d(o * tanh c), where a phase ends with it
@@ -62,8 +64,8 @@ class BackwardPass {
   explicit BackwardPass(const RecurrentBackwardArgs& args) : a(args) {
     Scratch::place([this](Scratch& scratch) {
       steps.place(scratch);
-      recurrent.place(scratch, steps.batch, depth, multiplies ? panels : 0);
-      projection.place(scratch, steps.batch, width, projection_panels);
+      recurrent.place(scratch, steps.batch, depth, multiplies ? panels : 0, tiles);
+      projection.place(scratch, steps.batch, width, projection_panels, tiles);
       d_h = scratch.take<T>(steps.batch * padded_width);
       d_c = scratch.take<T>(Cell::kHasC ? steps.batch * padded : 0);
       d_out = scratch.take<T>(norm ? steps.batch * padded : 0);
@@ -83,6 +85,7 @@ class BackwardPass {
       const auto meet = [&] {
         if (!plan.by_rows) barrier.wait(threads);
       };
+      const amx::TileRegisters registers(tiles);
       pack(thread, threads);
       load_state(plan.by_rows ? rows : thread_range(steps.batch, 1, thread, threads));
       barrier.wait(threads);
@@ -131,23 +134,23 @@ class BackwardPass {
   }
 
   void pack(int thread, int threads) {
-    const Range own = thread_range(panels, 1, thread, threads);
-    for (std::int64_t p = own.begin; multiplies && p < own.end; ++p)
-      for (int v = 0; v < kVecs; ++v) {
-        const std::int64_t u = p * kUnits + v * kLane;
-        recurrent.pack_columns(p, v, o.w_hh.ptr<const S>() + u, width, units_at(u, width));
-        recurrent.set_bias(p, v, V{});
-      }
+    const Range own = thread_range(multiplies ? panels : 0, 1, thread, threads);
+    for (std::int64_t p = own.begin; p < own.end; ++p) {
+      const std::int64_t u = p * kUnits, left = width - u;
+      recurrent.pack_columns(p, o.w_hh.ptr<const S>() + u, left < kUnits ? left : kUnits, width);
+      for (int v = 0; v < kVecs; ++v) recurrent.set_bias(p, v, V{});
+    }
     const Range projected = thread_range(projection_panels, 1, thread, threads);
-    for (std::int64_t p = projected.begin; p < projected.end; ++p)
-      for (int v = 0; v < kVecs; ++v) {
-        const std::int64_t u = p * kUnits + v * kLane;
-        projection.pack_columns(p, v, o.w_hr.ptr<const S>() + u, hidden, units_at(u, hidden));
-        projection.set_bias(p, v, V{});
-      }
+    for (std::int64_t p = projected.begin; p < projected.end; ++p) {
+      const std::int64_t u = p * kUnits, left = hidden - u;
+      projection.pack_columns(p, o.w_hr.ptr<const S>() + u, left < kUnits ? left : kUnits, hidden);
+      for (int v = 0; v < kVecs; ++v) projection.set_bias(p, v, V{});
+    }
   }
 
   void load_state(Range rows) {
+    if (multiplies) recurrent.clear_padding(rows);
+    if (projects) projection.clear_padding(rows);
     for (std::int64_t b = rows.begin; b < rows.end; ++b) {
       for (std::int64_t u = 0; u < width; u += kLane)
         store(d_h + b * padded_width + u, load_optional<S>(a.d_h_n, b * width + u, units_at(u, width)));

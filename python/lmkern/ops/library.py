@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lmkern import _C
 from lmkern._warnings import warn_once
 
 _LIBRARY = torch.library.Library("lmkern", "DEF")
@@ -110,6 +111,53 @@ def without_autocast() -> contextlib.AbstractContextManager[Any]:
     if torch.is_autocast_enabled("cpu"):
         return torch.autocast("cpu", enabled=False)
     return contextlib.nullcontext()
+
+
+# Below this many multiplications, or this many rows or columns, packing takes what tiles save.
+_TILE_PRODUCTS, _TILE_EXTENT = 1 << 22, 48
+
+
+def _rows(x: Tensor, transposed: bool) -> tuple[Tensor, bool]:
+    """``x`` with contiguous rows, and whether the matrix that is meant is now its transpose."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x, transposed
+    return (x.t(), not transposed) if x.stride(0) == 1 else (x.contiguous(), transposed)
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    accumulate: bool = False,
+) -> Tensor:
+    """``op(a) @ op(b) + bias``, or ``out += op(a) @ op(b)``; ``op`` transposes on request.
+
+    On AMX by lmkern's float32 kernel (csrc/ops/matmul.h), elsewhere and for small products by torch.
+    ``a [M, K]``, ``b [K, N]``, ``bias [N]``, ``out [M, N]``. For op implementations: no gradient.
+    """
+    x, y = a.t() if transpose_a else a, b.t() if transpose_b else b
+    rows, depth, columns = x.shape[0], x.shape[1], y.shape[1]
+    if out is None:
+        out = a.new_empty(rows, columns)
+    if (
+        a.dtype == torch.float32
+        and rows * columns * depth >= _TILE_PRODUCTS
+        and min(rows, columns) >= _TILE_EXTENT
+        and out.stride(1) == 1
+    ):
+        (a, transpose_a), (b, transpose_b) = _rows(a, transpose_a), _rows(b, transpose_b)
+        if _C.matmul(a, b, bias, out, transpose_a, transpose_b, accumulate):
+            return out
+    with plain_products():
+        if accumulate:
+            return out.addmm_(x, y)
+        if bias is None:
+            return torch.mm(x, y, out=out)
+        return torch.addmm(bias, x, y, out=out)
 
 
 def reference_backward(

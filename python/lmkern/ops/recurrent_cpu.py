@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmkern import _C
-from lmkern.ops.library import accumulate_dtype, plain_products
+from lmkern.ops.library import accumulate_dtype, matmul, plain_products
 from lmkern.ops.recurrent_rows import Rows, rows_of
 
 # In the order of csrc/ops/recurrent.h's RecurrentCell.
@@ -117,9 +117,9 @@ def _project(i: Inputs, flat: Tensor, out: Tensor) -> None:
     if i.w_ih is None:
         torch.add(flat, i.b_ih, out=out) if i.b_ih is not None else out.copy_(flat)
     elif i.b_ih is None:
-        torch.mm(flat, i.w_ih.t(), out=out)
+        matmul(flat, i.w_ih, out=out, transpose_b=True)
     else:
-        torch.addmm(i.b_ih, flat, i.w_ih.t(), out=out)
+        matmul(flat, i.w_ih, i.b_ih, out, transpose_b=True)
 
 
 def _recurrent_operand(i: Inputs, rows: Rows, y: Tensor, reverse: bool) -> Tensor:
@@ -204,7 +204,8 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     with plain_products():
         _project(i, rows.pack(i.x), gates)
         if h0 is not None and rows.single:  # a single product is not worth packing w_hh for
-            first_hh = _recurrent_operand(i, rows, packed_y, o.reverse) @ i.w_hh.t()
+            operand = _recurrent_operand(i, rows, packed_y, o.reverse)
+            first_hh = matmul(operand, i.w_hh, transpose_b=True)
     packed_h, packed_c = rows.fresh_state(h_n), rows.fresh_state(c_n)
     _C.recurrent_forward(
         *_kernel_options(i, o, rows), gates, h0, rows.sort(i.c0), first_hh, packed_y, packed_h,
@@ -263,9 +264,9 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
             gates = i.x.new_empty(n, wide)
             _project(i, rows.pack(i.x), gates)
             if norm or i.b_hh is None:
-                hh = (operand @ i.w_hh.t()).to(wider)
+                hh = matmul(operand, i.w_hh, transpose_b=True).to(wider)
             else:
-                hh = torch.addmm(i.b_hh, operand, i.w_hh.t()).to(wider)
+                hh = matmul(operand, i.w_hh, i.b_hh, transpose_b=True).to(wider)
 
     new = i.x.new_empty
     d_gates = new(n, wide)
@@ -298,13 +299,13 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
 
     with plain_products():
         if need[0]:
-            d_x = d_gates if i.w_ih is None else d_gates @ i.w_ih
+            d_x = d_gates if i.w_ih is None else matmul(d_gates, i.w_ih)
             rows.unpack(d_x, grads[0]) if rows.index is not None else put(0, d_x.view(i.x.shape))
         if need[1]:
-            put(1, d_gates.t() @ rows.pack(i.x))
+            put(1, matmul(d_gates, rows.pack(i.x), transpose_a=True))
         if need[2]:
             if operand is not None:
-                put(2, d_hh.t() @ operand)
+                put(2, matmul(d_hh, operand, transpose_a=True))
             else:
                 put(2, rows.recurrent_weight_gradient(d_hh, packed_y, h0, o.reverse))
         if need[3] or (need[4] and d_normed is d_gates):
@@ -317,7 +318,7 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
             put(4, d_normed.sum(0, dtype=wider))
         if need[5] and d_h0 is not None:
             if rows.single:  # the kernel leaves a single step's product to us
-                product = d_hh @ i.w_hh
+                product = matmul(d_hh, i.w_hh)
                 if i.h_mask is not None:
                     product = product * i.h_mask
                 if i.reset_mask is not None:
@@ -327,7 +328,7 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
         if need[6] and d_c0 is not None:
             put(6, rows.unsorted(d_c0))
         if need[7] and d_h is not None and unprojected is not None:
-            put(7, d_h.t() @ unprojected)
+            put(7, matmul(d_h, unprojected, transpose_a=True))
         if need[8] and cells is not None and c_now is not None:
             c_prev = rows.previous(cells, None if c0 is None else c0.to(wider), o.reverse)
             if i.reset_mask is not None:

@@ -12,6 +12,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from lmkern.ops.library import matmul
+
 
 class Rows:
     """Between a caller's layout and the kernel's. The base class: [T, B, ...] without padding.
@@ -79,7 +81,7 @@ class Rows:
             if reverse
             else (slice(0, b), slice(b, n), slice(0, n - b))
         )
-        d_w = d_hh[rest].t() @ y[before]
+        d_w = matmul(d_hh[rest], y[before], transpose_a=True)
         return d_w if h0 is None else d_w.addmm_(d_hh[first].t(), h0)
 
 
