@@ -43,7 +43,7 @@ class ForwardPass {
   Steps steps{o, a.y.shape[0]};
   // A single step's product comes from the caller, and a first step from zeros has none.
   const bool multiplies = !a.first_hh.defined() && (steps.count > 1 || a.h0.defined());
-  const bool tiles = kTilesFor<S> && multiplies && fills_tiles(steps.batch);
+  const bool tiles = multiplies && use_tiles<S>(steps.batch);
   const RecurrentPlan plan{
       steps, panels, panels * width * kColumns * kLane * (tiles ? 6 : std::int64_t{sizeof(W)}),
       2 * steps.batch * kGates * hidden * width, tiles};
@@ -88,7 +88,7 @@ class ForwardPass {
       const auto meet = [&] {
         if (!plan.by_rows) barrier.wait(threads);
       };
-      const amx::TileRegisters registers(tiles);
+      const TileRegisters registers(tiles);
       pack(thread, threads);
       const Range mine = plan.by_rows ? rows : thread_range(steps.batch, 1, thread, threads);
       load_state(mine);

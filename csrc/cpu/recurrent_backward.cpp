@@ -42,7 +42,7 @@ class BackwardPass {
   Steps steps{o, a.y.shape[0]};
   // The product of a rectangle's single step is the caller's.
   const bool multiplies = steps.count > 1 || steps.sizes != nullptr;
-  const bool tiles = kTilesFor<S> && multiplies && fills_tiles(steps.batch);
+  const bool tiles = multiplies && use_tiles<S>(steps.batch);
   const RecurrentPlan plan{steps, panels,
                            panels * depth * kUnits * (tiles ? 6 : std::int64_t{sizeof(W)}),
                            2 * steps.batch * depth * width, tiles};
@@ -85,7 +85,7 @@ class BackwardPass {
       const auto meet = [&] {
         if (!plan.by_rows) barrier.wait(threads);
       };
-      const amx::TileRegisters registers(tiles);
+      const TileRegisters registers(tiles);
       pack(thread, threads);
       load_state(plan.by_rows ? rows : thread_range(steps.batch, 1, thread, threads));
       barrier.wait(threads);
