@@ -254,7 +254,7 @@ def test_streams_read_each_lane_in_order_and_start_over(tokens, length, lanes, e
             Streams(RAMP[:tokens], length, lanes)
         return
     sampler = Streams(RAMP[:tokens], length, lanes)
-    per_epoch = sampler.windows_per_epoch
+    per_epoch = sampler.steps_per_epoch
     batches = [sampler.batch(step, 0, lanes) for step in range(epochs * per_epoch)]
     assert [batch.reset for batch in batches] == ([True] + [False] * (per_epoch - 1)) * epochs
     lane = (tokens - 1) // lanes

@@ -32,7 +32,7 @@ def fresh_accelerate():
 @each_family
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_training_is_what_a_plain_loop_does(family, optimizer, tmp_path):
-    options = {"optimizer": optimizer, "learning_rate": 0.02, "weight_decay": 0.3}
+    options = {"optimizer": optimizer, "learning_rate": 0.02, "weight_decay": 0.3, "momentum": 0.9}
     data = tiny_data(train=100)  # the LSTM's streams start over after 5 steps
     model, result = fit(family, tmp_path, data, **options)
     config = tiny_config(**options)
@@ -44,7 +44,7 @@ def test_training_is_what_a_plain_loop_does(family, optimizer, tmp_path):
         {"params": others, "weight_decay": 0.0},
     ]
     if optimizer == "sgd":
-        stepper = torch.optim.SGD(groups, lr=1.0, momentum=config.beta1)
+        stepper = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
     else:
         stepper = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
     sampler = Updater(tiny_model(family), data, config).sampler
