@@ -60,8 +60,8 @@ def test_train_help_documents_every_option(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for piece in (
         "--gpt.n_layer N_LAYER number of transformer blocks. (type: int, default: 4)",
-        "updates between two checkpoints. (type: int, default: 250)",
-        "a UTF-8 text file; empty for the built-in text",
+        "updates between two checkpoints; 0: one pass over the training text. (type: int, default: 250)",
+        "a UTF-8 text file; or a directory with train.txt",
         "--lstm.tie_weights",
         "examples: lmkern train --data.path input.txt",
     ):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from .train import Trainer
+
 HELP = """\
 usage: lmkern COMMAND [OPTION ...]
 
@@ -165,7 +167,10 @@ def _train(arguments: list[str]) -> int:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options")
     parser.add_argument(
-        "--model", type=Literal["gpt", "lstm"], default="gpt", help="family of the model"
+        "--model",
+        type=Literal["gpt", "lstm"],
+        default="gpt",
+        help="family of the model; lstm: a recurrent one, of the cells that --lstm.cell names",
     )
     parser.add_argument(
         "--backend",
@@ -194,8 +199,9 @@ def _train(arguments: list[str]) -> int:
     import torch
 
     from .data import load_data
-    from .models import GPT, RecurrentLM
+    from .models import GPT, RecurrentLM, load_pretrained
     from .train import Trainer
+    from .train.checkpoint import resolve_model_directory
 
     data = load_data(data_config)
     assert data.tokenizer is not None
@@ -219,7 +225,26 @@ def _train(arguments: list[str]) -> int:
             f"best validation loss {result.best_val_loss:.4f} at step {result.best_step}; "
             f"checkpoints in {trainer.root}"
         )
+        if data.test is not None:
+            best = load_pretrained(resolve_model_directory(trainer.out_dir), options.backend)
+            _print_parts(best.to(trainer.accelerator.device), trainer)
     return 0
+
+
+def _print_parts(model: Any, trainer: Trainer) -> None:
+    from .train.evaluate import evaluate_parts
+
+    data = trainer.data
+    by_words = data.tokenizer is not None and data.tokenizer.kind == "word"
+    results = evaluate_parts(
+        model,
+        data,
+        sequence_length=trainer.updater.sequence_length,
+        batch_size=trainer.config.batch_size,
+    )
+    for part, result in results.items():
+        unit = "word perplexity" if by_words else "perplexity"
+        print(f"{part} {unit} {result.perplexity:.2f} (loss {result.loss:.4f})")
 
 
 def _add_checkpoint_arguments(parser: ArgumentParser) -> None:
@@ -265,11 +290,14 @@ def _eval(arguments: list[str]) -> int:
     )
     _add_checkpoint_arguments(parser)
     parser.add_argument(
-        "--data.path", type=str, default="", help="UTF-8 text file; empty: the training run's text"
+        "--data.path",
+        type=str,
+        default="",
+        help="UTF-8 text file, or directory of them; empty: the training run's text",
     )
     parser.add_argument(
         "--data.part",
-        type=Literal["val", "train", "all"],
+        type=Literal["val", "train", "test", "all"],
         default="val",
         help="which part of the text, split as in the training run",
     )
@@ -280,7 +308,7 @@ def _eval(arguments: list[str]) -> int:
     if options.batch_size < 1:
         raise UsageError(f"--batch_size must be >= 1, got {options.batch_size}")
 
-    from .data.corpus import DataConfig, builtin_text, read_text, split_text
+    from .data.corpus import DataConfig, read_parts
     from .files import read_json
     from .train.checkpoint import META_FILE
     from .train.evaluate import evaluate
@@ -292,14 +320,17 @@ def _eval(arguments: list[str]) -> int:
     path = options.data.path or (recorded or {}).get("path")
     if path is None:
         raise ValueError(f"{directory} does not record its text: give --data.path")
-    text = read_text(path) if path else builtin_text()
+    fraction = (recorded or {}).get("val_fraction", DataConfig().val_fraction)
+    parts = read_parts(DataConfig(path=path, val_fraction=fraction))
+    parts["all"] = "".join(parts.values())
     source = path or "the built-in text"
-    train, val = split_text(text, (recorded or {}).get("val_fraction", DataConfig().val_fraction))
-    part = {"train": train, "val": val, "all": text}[options.data.part]
+    part = options.data.part
+    if part not in parts:
+        raise ValueError(f"{source}: has no test part (a directory with test.txt has one)")
     try:
         result = evaluate(
             model,
-            tokenizer.encode(part),
+            tokenizer.encode(parts[part]),
             sequence_length=meta.get("train", {}).get("sequence_length")
             or model.context_size
             or 64,
@@ -309,7 +340,7 @@ def _eval(arguments: list[str]) -> int:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     print(f"checkpoint  {directory}")
-    print(f"text        {source} ({options.data.part}, {result.tokens:,} tokens)")
+    print(f"text        {source} ({part}, {result.tokens:,} tokens)")
     print(f"loss        {result.loss:.4f}")
     print(f"perplexity  {result.perplexity:.4f}")
     return 0
