@@ -393,7 +393,9 @@ def _generate(arguments: list[str]) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
-    print(options.prompt, end="", flush=True)
+    # A word level model's words carry the space behind them.
+    gap = " " if tokenizer.kind == "word" and not options.prompt[-1].isspace() else ""
+    print(options.prompt, end=gap, flush=True)
     for piece in tokenizer.stream_decode(int(token) for token in tokens):
         print(piece, end="", flush=True)
     print()
