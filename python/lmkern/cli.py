@@ -11,7 +11,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
+
+from .options import UsageError, make_config, make_parser, parse
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -54,10 +56,6 @@ _TRAIN_EXTRA = {
 }
 
 
-class UsageError(Exception):
-    """A wrong option or configuration."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's own) and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -97,51 +95,15 @@ def _fail(error: BaseException | str, code: int) -> int:
     return code
 
 
-def _parser(command: str, description: str) -> ArgumentParser:
-    import argparse
-
-    import jsonargparse
-
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise UsageError(f"{message} (see `lmkern {command} --help`)")
-
-    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Types and defaults as jsonargparse shows them, line breaks of examples as written."""
-
-    return Parser(
-        prog=f"lmkern {command}",
-        usage=f"lmkern {command} [--OPTION VALUE ...]",
-        description=description,
-        formatter_class=Formatter,
-    )
-
-
-def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace | None:
-    """The parsed options, or None where `--help` was asked for and given."""
-    try:
-        return parser.parse_args(arguments)
-    except SystemExit:
-        return None
-
-
-def _config(kind: type, options: Namespace) -> Any:
-    """A configuration dataclass; what its own checks refuse is a usage error."""
-    try:
-        return kind(**options.as_dict())
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
 def _demo(arguments: list[str]) -> int:
-    parser = _parser(
+    parser = make_parser(
         "demo",
         "Trains a small GPT and a small LSTM on the built-in text, shows how fast lmkern's\n"
         "kernels are beside torch's in the same model, samples text and draws the loss curves.",
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="training time per model")
     parser.add_argument("--out_dir", type=str, default="lmkern-demo", help="receives loss.png")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     if options is None:
         return 0
     if not 0.0 < options.seconds < float("inf"):
@@ -156,7 +118,7 @@ def _train(arguments: list[str]) -> int:
     from .models import GPTConfig, RecurrentLMConfig
     from .train.config import TrainConfig
 
-    parser = _parser(
+    parser = make_parser(
         "train",
         "Trains a language model on a text file.\n\n"
         "examples:\n"
@@ -184,15 +146,15 @@ def _train(arguments: list[str]) -> int:
     parser.add_class_arguments(RecurrentLMConfig, "lstm", skip={"vocab_size"})
     parser.add_class_arguments(DataConfig, "data")
     parser.add_class_arguments(TrainConfig, "train")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     if options is None:
         return 0
     is_gpt = options.model == "gpt"
-    model_config = _config(
+    model_config = make_config(
         GPTConfig if is_gpt else RecurrentLMConfig, options.gpt if is_gpt else options.lstm
     )
-    data_config = _config(DataConfig, options.data)
-    train_config = _config(TrainConfig, options.train)
+    data_config = make_config(DataConfig, options.data)
+    train_config = make_config(TrainConfig, options.train)
 
     import dataclasses
 
@@ -281,7 +243,7 @@ def _load(options: Namespace) -> tuple[Path, Any, Any, Any]:
 
 
 def _eval(arguments: list[str]) -> int:
-    parser = _parser(
+    parser = make_parser(
         "eval",
         "Prints loss (nats per token) and perplexity of a trained model on a text.\n\n"
         "examples:\n"
@@ -302,7 +264,7 @@ def _eval(arguments: list[str]) -> int:
         help="which part of the text, split as in the training run",
     )
     parser.add_argument("--batch_size", type=int, default=12, help="sequences side by side")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     if options is None:
         return 0
     if options.batch_size < 1:
@@ -347,7 +309,7 @@ def _eval(arguments: list[str]) -> int:
 
 
 def _generate(arguments: list[str]) -> int:
-    parser = _parser(
+    parser = make_parser(
         "generate",
         "Samples text from a trained model and prints it as it comes.\n\n"
         "example:\n"
@@ -369,7 +331,7 @@ def _generate(arguments: list[str]) -> int:
         help="sample among the fewest tokens that together have this probability",
     )
     parser.add_argument("--seed", type=int | None, default=None, help="makes it reproducible")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     if options is None:
         return 0
 
