@@ -376,4 +376,4 @@ def test_awd_lstm_learns_the_same_on_both_backends(workplace):
         torch.manual_seed(1)
         curves.append([updater.update()[0] for _ in range(100)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    assert curves[0][-1] < 5.8 < 6.8 < curves[0][0]
+    assert curves[0][-1] < 6.0 < 6.8 < curves[0][0]
