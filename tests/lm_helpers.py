@@ -19,6 +19,18 @@ from lmkern.train import TrainConfig, Trainer, TrainResult
 BACKENDS = ("lmkern", "torch")
 FAMILIES = ("gpt", "lstm", "lstm-tied")
 VOCAB = 11
+# Everything random that an AWD-LSTM has, at rates that leave something to learn with.
+AWD: dict[str, Any] = {
+    "tie_weights": True,
+    "variational": True,
+    "dropout_input": 0.2,
+    "dropout_hidden": 0.15,
+    "dropout_output": 0.1,
+    "dropout_embedding": 0.1,
+    "weight_drop": 0.3,
+    "activation_reg": 2.0,
+    "temporal_reg": 1.0,
+}
 
 
 def tiny_model(family: str, backend: Any = "torch", seed: int = 0, **options: Any) -> LanguageModel:
@@ -30,6 +42,8 @@ def tiny_model(family: str, backend: Any = "torch", seed: int = 0, **options: An
     sizes = {"vocab_size": VOCAB, "embedding_dim": 9, "hidden_size": 13, "num_layers": 2}
     if family == "lstm-tied":
         sizes |= {"hidden_size": 9, "tie_weights": True}
+    if family == "awd":
+        sizes |= AWD
     return RecurrentLM(RecurrentLMConfig(**{**sizes, **options}), backend=backend)
 
 

@@ -21,8 +21,12 @@ MAX_STEPS = 8
 
 
 def train(family: str, out_dir: Path) -> None:
+    options: dict[str, object] = {"gradient_accumulation": 2}
+    if family == "awd":  # averaging begins in the middle of the run
+        options |= {"optimizer": "sgd", "learning_rate": 8.0, "eval_every": 1}
+        options |= {"averaging": "nonmonotonic", "nonmono": 1}
     model = tiny_model(family, "lmkern", dropout=0.2)
-    config = tiny_config(max_steps=MAX_STEPS, gradient_accumulation=2, resume="auto")
+    config = tiny_config(max_steps=MAX_STEPS, resume="auto", **options)
     Trainer(model, tiny_data(), config, out_dir, run_config={"test": 1}, quiet=True).fit()
 
 
@@ -90,6 +94,9 @@ def main() -> None:
     expected = outcome(whole / "file")
     assert [row["step"] for row in expected["log"]] == list(range(1, MAX_STEPS + 1))
     assert outcome(whole / "update") == expected
+    if family == "awd":
+        count = json.loads(expected["trainer.json"])["averaged"]
+        assert 0 < count < MAX_STEPS, count
     failures = []
     for kind, n in points:
         out_dir = directory / f"{kind}-{n}"

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lm_helpers import python_environment, run_python
 from lmkern.cli import main
+from lmkern.train import Updater
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps.\n" * 60
 TINY = {
@@ -60,8 +62,8 @@ def test_train_help_documents_every_option(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for piece in (
         "--gpt.n_layer N_LAYER number of transformer blocks. (type: int, default: 4)",
-        "updates between two checkpoints. (type: int, default: 250)",
-        "a UTF-8 text file; empty for the built-in text",
+        "updates between two checkpoints; 0: one pass over the training text. (type: int, default: 250)",
+        "a UTF-8 text file; or a directory with train.txt",
         "--lstm.tie_weights",
         "examples: lmkern train --data.path input.txt",
     ):
@@ -328,6 +330,11 @@ def test_shipped_configs(workplace):
     gpt = seen["model"].num_parameters
     lstm = parsed("shakespeare-char-lstm.yaml")["model"].num_parameters
     assert abs(lstm / gpt - 1) < 0.05
+    seen = parsed("shakespeare-bpe-awd.yaml", "--data.vocab_size", "300")
+    size, how = seen["model"].config, seen["config"]
+    assert seen["model"].head.weight is seen["model"].embedding.weight
+    assert size.variational and min(size.weight_drop, size.rate("hidden"), size.activation_reg) > 0
+    assert (how.optimizer, how.averaging) == ("sgd", "nonmonotonic")
 
 
 needs_data = pytest.mark.skipif(
@@ -348,11 +355,30 @@ def test_tinyshakespeare_is_split_as_nanogpt_does(workplace):
 @needs_data
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("name", "expected"), [("shakespeare-char.yaml", 1.88), ("shakespeare-char-lstm.yaml", 1.60)]
+    ("name", "expected"),
+    [
+        ("shakespeare-char.yaml", 1.88),  # published
+        ("shakespeare-char-lstm.yaml", 1.60),
+        ("shakespeare-bpe-awd.yaml", 3.48),  # per BPE token
+    ],
 )
-def test_published_loss_is_reached(name, expected, workplace, capsys):
+def test_the_expected_loss_is_reached(name, expected, workplace, capsys):
     path = str(Path(os.environ["LMKERN_DATA"]) / "tinyshakespeare.txt")
     arguments = ["train", "--config", str(CONFIGS / name), "--data.path", path]
     assert main(arguments) == 0
     best = float(re.search(r"best validation loss ([\d.]+)", capsys.readouterr().out)[1])
     assert best < expected + 0.03
+
+
+@needs_data
+@pytest.mark.long
+def test_awd_lstm_learns_the_same_on_both_backends(workplace):
+    path = str(Path(os.environ["LMKERN_DATA"]) / "tinyshakespeare.txt")
+    curves = []
+    for backend in ("lmkern", "torch"):
+        seen = parsed("shakespeare-bpe-awd.yaml", "--data.path", path, "--backend", backend)
+        updater = Updater(seen["model"], seen["data"], seen["config"])
+        torch.manual_seed(1)
+        curves.append([updater.update()[0] for _ in range(100)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0][-1] < 6.0 < 6.8 < curves[0][0]

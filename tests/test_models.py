@@ -184,7 +184,13 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
         (GPTConfig, {"dropout": 1.0}, "dropout"),
         (RecurrentLMConfig, {"hidden_size": -1}, "hidden_size"),
         (RecurrentLMConfig, {"dropout": -0.1}, "dropout"),
-        (RecurrentLMConfig, {"tie_weights": True}, "tie_weights"),
+        (RecurrentLMConfig, {"tie_weights": True, "num_layers": 1}, "tie_weights"),
+        (RecurrentLMConfig, {"cell": "qrnn"}, "cell must be one of lstm, gru, rnn, got 'qrnn'"),
+        (RecurrentLMConfig, {"dropout_hidden": 1.0}, "dropout_hidden"),
+        (RecurrentLMConfig, {"weight_drop": -0.5}, "weight_drop"),
+        (RecurrentLMConfig, {"recurrent_dropout": 2.0}, "recurrent_dropout"),
+        (RecurrentLMConfig, {"temporal_reg": -1.0}, "temporal_reg"),
+        (RecurrentLMConfig, {"init_range": 0.0}, "init_range"),
     ],
 )
 def test_config_is_checked(config, options, words):

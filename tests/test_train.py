@@ -32,7 +32,7 @@ def fresh_accelerate():
 @each_family
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_training_is_what_a_plain_loop_does(family, optimizer, tmp_path):
-    options = {"optimizer": optimizer, "learning_rate": 0.02, "weight_decay": 0.3}
+    options = {"optimizer": optimizer, "learning_rate": 0.02, "weight_decay": 0.3, "momentum": 0.9}
     data = tiny_data(train=100)  # the LSTM's streams start over after 5 steps
     model, result = fit(family, tmp_path, data, **options)
     config = tiny_config(**options)
@@ -44,7 +44,7 @@ def test_training_is_what_a_plain_loop_does(family, optimizer, tmp_path):
         {"params": others, "weight_decay": 0.0},
     ]
     if optimizer == "sgd":
-        stepper = torch.optim.SGD(groups, lr=1.0, momentum=config.beta1)
+        stepper = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
     else:
         stepper = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
     sampler = Updater(tiny_model(family), data, config).sampler
@@ -124,6 +124,11 @@ def test_learning_rate():
     assert all(a > b for a, b in itertools.pairwise(rates[4:21]))
     constant = TrainConfig(max_steps=20, warmup_steps=0, schedule="constant", learning_rate=0.5)
     assert {learning_rate(constant, step) for step in range(30)} == {0.5}
+    # Zaremba et al. 2014: four passes at the full rate, then half of the one before, each.
+    epoch = TrainConfig(warmup_steps=0, schedule="epoch", learning_rate=1.0, decay_start=4)
+    assert [learning_rate(epoch, step, 3) for step in range(21)] == [
+        *([1.0] * 12), *([0.5] * 3), *([0.25] * 3), *([0.125] * 3)
+    ]  # fmt: skip
 
 
 def test_only_matrices_decay():
@@ -171,6 +176,11 @@ def test_evaluation_is_deterministic_and_leaves_the_mode():
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"beta2": 1.0}, "beta2"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"epochs": 0}, "epochs"),
+        ({"lr_decay": -0.5}, "lr_decay"),
+        ({"nonmono": -1}, "nonmono"),
+        ({"eval_every": -1}, "eval_every"),
         ({"seed": -1}, "seed"),
         ({"sequence_length": 0}, "sequence_length"),
     ],

@@ -11,10 +11,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
+
+from .options import UsageError, make_config, make_parser, parse
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+
+    from .train import Trainer
 
 HELP = """\
 usage: lmkern COMMAND [OPTION ...]
@@ -50,10 +54,6 @@ _TRAIN_EXTRA = {
     "tqdm",
     "yaml",
 }
-
-
-class UsageError(Exception):
-    """A wrong option or configuration."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,51 +95,15 @@ def _fail(error: BaseException | str, code: int) -> int:
     return code
 
 
-def _parser(command: str, description: str) -> ArgumentParser:
-    import argparse
-
-    import jsonargparse
-
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise UsageError(f"{message} (see `lmkern {command} --help`)")
-
-    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Types and defaults as jsonargparse shows them, line breaks of examples as written."""
-
-    return Parser(
-        prog=f"lmkern {command}",
-        usage=f"lmkern {command} [--OPTION VALUE ...]",
-        description=description,
-        formatter_class=Formatter,
-    )
-
-
-def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace | None:
-    """The parsed options, or None where `--help` was asked for and given."""
-    try:
-        return parser.parse_args(arguments)
-    except SystemExit:
-        return None
-
-
-def _config(kind: type, options: Namespace) -> Any:
-    """A configuration dataclass; what its own checks refuse is a usage error."""
-    try:
-        return kind(**options.as_dict())
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
 def _demo(arguments: list[str]) -> int:
-    parser = _parser(
+    parser = make_parser(
         "demo",
         "Trains a small GPT and a small LSTM on the built-in text, shows how fast lmkern's\n"
         "kernels are beside torch's in the same model, samples text and draws the loss curves.",
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="training time per model")
     parser.add_argument("--out_dir", type=str, default="lmkern-demo", help="receives loss.png")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     if options is None:
         return 0
     if not 0.0 < options.seconds < float("inf"):
@@ -154,7 +118,7 @@ def _train(arguments: list[str]) -> int:
     from .models import GPTConfig, RecurrentLMConfig
     from .train.config import TrainConfig
 
-    parser = _parser(
+    parser = make_parser(
         "train",
         "Trains a language model on a text file.\n\n"
         "examples:\n"
@@ -165,7 +129,10 @@ def _train(arguments: list[str]) -> int:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options")
     parser.add_argument(
-        "--model", type=Literal["gpt", "lstm"], default="gpt", help="family of the model"
+        "--model",
+        type=Literal["gpt", "lstm"],
+        default="gpt",
+        help="family of the model; lstm: a recurrent one, of the cells that --lstm.cell names",
     )
     parser.add_argument(
         "--backend",
@@ -179,23 +146,24 @@ def _train(arguments: list[str]) -> int:
     parser.add_class_arguments(RecurrentLMConfig, "lstm", skip={"vocab_size"})
     parser.add_class_arguments(DataConfig, "data")
     parser.add_class_arguments(TrainConfig, "train")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     if options is None:
         return 0
     is_gpt = options.model == "gpt"
-    model_config = _config(
+    model_config = make_config(
         GPTConfig if is_gpt else RecurrentLMConfig, options.gpt if is_gpt else options.lstm
     )
-    data_config = _config(DataConfig, options.data)
-    train_config = _config(TrainConfig, options.train)
+    data_config = make_config(DataConfig, options.data)
+    train_config = make_config(TrainConfig, options.train)
 
     import dataclasses
 
     import torch
 
     from .data import load_data
-    from .models import GPT, RecurrentLM
+    from .models import GPT, RecurrentLM, load_pretrained
     from .train import Trainer
+    from .train.checkpoint import resolve_model_directory
 
     data = load_data(data_config)
     assert data.tokenizer is not None
@@ -219,7 +187,26 @@ def _train(arguments: list[str]) -> int:
             f"best validation loss {result.best_val_loss:.4f} at step {result.best_step}; "
             f"checkpoints in {trainer.root}"
         )
+        if data.test is not None:
+            best = load_pretrained(resolve_model_directory(trainer.out_dir), options.backend)
+            _print_parts(best.to(trainer.accelerator.device), trainer)
     return 0
+
+
+def _print_parts(model: Any, trainer: Trainer) -> None:
+    from .train.evaluate import evaluate_parts
+
+    data = trainer.data
+    by_words = data.tokenizer is not None and data.tokenizer.kind == "word"
+    results = evaluate_parts(
+        model,
+        data,
+        sequence_length=trainer.updater.sequence_length,
+        batch_size=trainer.config.batch_size,
+    )
+    for part, result in results.items():
+        unit = "word perplexity" if by_words else "perplexity"
+        print(f"{part} {unit} {result.perplexity:.2f} (loss {result.loss:.4f})")
 
 
 def _add_checkpoint_arguments(parser: ArgumentParser) -> None:
@@ -256,7 +243,7 @@ def _load(options: Namespace) -> tuple[Path, Any, Any, Any]:
 
 
 def _eval(arguments: list[str]) -> int:
-    parser = _parser(
+    parser = make_parser(
         "eval",
         "Prints loss (nats per token) and perplexity of a trained model on a text.\n\n"
         "examples:\n"
@@ -265,22 +252,25 @@ def _eval(arguments: list[str]) -> int:
     )
     _add_checkpoint_arguments(parser)
     parser.add_argument(
-        "--data.path", type=str, default="", help="UTF-8 text file; empty: the training run's text"
+        "--data.path",
+        type=str,
+        default="",
+        help="UTF-8 text file, or directory of them; empty: the training run's text",
     )
     parser.add_argument(
         "--data.part",
-        type=Literal["val", "train", "all"],
+        type=Literal["val", "train", "test", "all"],
         default="val",
         help="which part of the text, split as in the training run",
     )
     parser.add_argument("--batch_size", type=int, default=12, help="sequences side by side")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     if options is None:
         return 0
     if options.batch_size < 1:
         raise UsageError(f"--batch_size must be >= 1, got {options.batch_size}")
 
-    from .data.corpus import DataConfig, builtin_text, read_text, split_text
+    from .data.corpus import DataConfig, read_parts
     from .files import read_json
     from .train.checkpoint import META_FILE
     from .train.evaluate import evaluate
@@ -292,14 +282,17 @@ def _eval(arguments: list[str]) -> int:
     path = options.data.path or (recorded or {}).get("path")
     if path is None:
         raise ValueError(f"{directory} does not record its text: give --data.path")
-    text = read_text(path) if path else builtin_text()
+    fraction = (recorded or {}).get("val_fraction", DataConfig().val_fraction)
+    parts = read_parts(DataConfig(path=path, val_fraction=fraction))
+    parts["all"] = "".join(parts.values())
     source = path or "the built-in text"
-    train, val = split_text(text, (recorded or {}).get("val_fraction", DataConfig().val_fraction))
-    part = {"train": train, "val": val, "all": text}[options.data.part]
+    part = options.data.part
+    if part not in parts:
+        raise ValueError(f"{source}: has no test part (a directory with test.txt has one)")
     try:
         result = evaluate(
             model,
-            tokenizer.encode(part),
+            tokenizer.encode(parts[part]),
             sequence_length=meta.get("train", {}).get("sequence_length")
             or model.context_size
             or 64,
@@ -309,14 +302,14 @@ def _eval(arguments: list[str]) -> int:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     print(f"checkpoint  {directory}")
-    print(f"text        {source} ({options.data.part}, {result.tokens:,} tokens)")
+    print(f"text        {source} ({part}, {result.tokens:,} tokens)")
     print(f"loss        {result.loss:.4f}")
     print(f"perplexity  {result.perplexity:.4f}")
     return 0
 
 
 def _generate(arguments: list[str]) -> int:
-    parser = _parser(
+    parser = make_parser(
         "generate",
         "Samples text from a trained model and prints it as it comes.\n\n"
         "example:\n"
@@ -338,7 +331,7 @@ def _generate(arguments: list[str]) -> int:
         help="sample among the fewest tokens that together have this probability",
     )
     parser.add_argument("--seed", type=int | None, default=None, help="makes it reproducible")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     if options is None:
         return 0
 
@@ -362,7 +355,9 @@ def _generate(arguments: list[str]) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
-    print(options.prompt, end="", flush=True)
+    # A word level model's words carry the space behind them.
+    gap = " " if tokenizer.kind == "word" and not options.prompt[-1].isspace() else ""
+    print(options.prompt, end=gap, flush=True)
     for piece in tokenizer.stream_decode(int(token) for token in tokens):
         print(piece, end="", flush=True)
     print()

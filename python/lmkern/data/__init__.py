@@ -1,7 +1,7 @@
 """From a text file to batches: tokenizers, the memory-mapped token cache, batch order."""
 
 from .batches import IGNORE, Batch, RandomWindows, Streams, evaluation_batches
-from .corpus import DataConfig, TokenData, load_data, read_text
+from .corpus import DataConfig, TokenData, load_data, read_parts, read_text
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "Tokenizer",
     "evaluation_batches",
     "load_data",
+    "read_parts",
     "read_text",
 ]

@@ -33,7 +33,12 @@ class Batch:
 
 
 class Sampler(Protocol):
-    """What the trainer asks for: rows [first, last) of the global batch of `step` (from 0)."""
+    """What the trainer asks for: rows [first, last) of the global batch of `step` (from 0).
+
+    steps_per_epoch: steps that read as many tokens as the text has.
+    """
+
+    steps_per_epoch: int
 
     def batch(self, step: int, first: int, last: int) -> Batch: ...
 
@@ -53,6 +58,7 @@ class RandomWindows:
         self.num_places = len(tokens) - length
         if self.num_places < 1:
             raise ValueError(_too_short(len(tokens), length))
+        self.steps_per_epoch = -(-(len(tokens) - 1) // (length * batch_size))
 
     def batch(self, step: int, first: int, last: int) -> Batch:
         # The step is the counter's highest word: no two steps ever share a block.
@@ -77,10 +83,10 @@ class Streams:
         self.lane = (len(tokens) - 1) // batch_size
         if self.lane < 1:
             raise ValueError(_too_short(len(tokens), batch_size))
-        self.windows_per_epoch = -(-self.lane // length)
+        self.steps_per_epoch = -(-self.lane // length)
 
     def batch(self, step: int, first: int, last: int) -> Batch:
-        begin = step % self.windows_per_epoch * self.length
+        begin = step % self.steps_per_epoch * self.length
         places = np.arange(first, last) * self.lane + begin
         batch = _windows(self.tokens, places, min(self.length, self.lane - begin))
         return Batch(batch.inputs, batch.targets, reset=begin == 0)

@@ -1,19 +1,24 @@
-"""Character and byte-level BPE tokenizers, stored as a Hugging Face tokenizer.json."""
+"""Character, byte-level BPE and word tokenizers, stored as a Hugging Face tokenizer.json."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from ..files import atomic_file, one_line
 
-Kind = Literal["char", "bpe"]
+Kind = Literal["char", "bpe", "word"]
+
+# The words of the Penn Treebank's language modelling files (Mikolov et al. 2010).
+EOS = "<eos>"
+UNKNOWN = "<unk>"
 
 # Enough for a chunk's offsets and strings (about 100 bytes a token inside `tokenizers`) to stay
 # far below the size of a model.
@@ -21,16 +26,21 @@ _CHUNK = 1 << 20
 
 
 class Tokenizer:
-    """Text to token ids and back, without loss.
+    """Text to token ids and back.
 
     Character level: every character of the training text is one token, in code point order; a
-    character unseen there is an error. Byte-level BPE: any text can be encoded.
+    character unseen there is an error. Byte-level BPE: any text can be encoded. Neither loses
+    anything. Word level: what stands between white space is one token, most frequent first; a line
+    break is <eos>, a word unseen in the training text <unk>.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self.inner = inner
         self.kind: Kind = "bpe"
-        if isinstance(inner.model, models.WordLevel):
+        if isinstance(inner.pre_tokenizer, pre_tokenizers.WhitespaceSplit):
+            self.kind = "word"
+            self._words: dict[str, int] = inner.get_vocab()
+        elif isinstance(inner.model, models.WordLevel):
             self.kind = "char"
             vocabulary = inner.get_vocab()
             characters = sorted(vocabulary)
@@ -47,8 +57,16 @@ class Tokenizer:
             inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
             inner.decoder = decoders.Fuse()
             return cls(inner)
+        if kind == "word":
+            counts = Counter(_words(text))
+            ordered = sorted(counts.keys() | {EOS, UNKNOWN}, key=lambda word: (-counts[word], word))
+            vocabulary = {word: i for i, word in enumerate(ordered)}
+            inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+            inner.normalizer = normalizers.Replace("\n", f" {EOS} ")
+            inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+            return cls(inner)
         if kind != "bpe":
-            raise ValueError(f"tokenizer must be 'char' or 'bpe', got {kind!r}")
+            raise ValueError(f"tokenizer must be 'char', 'bpe' or 'word', got {kind!r}")
         if vocab_size < 256:
             raise ValueError(
                 f"vocab_size of a byte-level BPE must be at least 256, got {vocab_size}"
@@ -77,6 +95,10 @@ class Tokenizer:
         if self.kind == "bpe":
             parts = [self.inner.encode(chunk).ids for chunk in _chunks(text)]
             return np.array([token for part in parts for token in part], dtype=np.uint32)
+        if self.kind == "word":
+            unknown = self._words[UNKNOWN]
+            ids = [self._words.get(word, unknown) for word in _words(text)]
+            return np.array(ids, dtype=np.uint32)
         # Same ids as `inner.encode`, a hundred times faster, and it knows where it failed.
         points = _code_points(text)
         found = np.searchsorted(self._code_points, points)
@@ -91,7 +113,13 @@ class Tokenizer:
         return self._ids[found]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; incomplete UTF-8 (byte-level BPE) becomes U+FFFD."""
+        """The text of `ids`; incomplete UTF-8 (byte-level BPE) becomes U+FFFD.
+
+        Word level: a space after every word, and a line break for <eos>.
+        """
+        if self.kind == "word":
+            words = (self.inner.id_to_token(int(i)) for i in ids)
+            return "".join("\n" if word == EOS else f"{word} " for word in words)
         return str(self.inner.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def stream_decode(self, ids: Iterable[int]) -> Iterator[str]:
@@ -132,6 +160,10 @@ class Tokenizer:
             return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
         except Exception as error:  # `tokenizers` raises bare Exception
             raise ValueError(f"{path}: not a tokenizer.json ({one_line(error)})") from None
+
+
+def _words(text: str) -> list[str]:
+    return text.replace("\n", f" {EOS} ").split()
 
 
 def _code_points(text: str) -> np.ndarray:

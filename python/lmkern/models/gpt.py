@@ -56,7 +56,7 @@ class GPTConfig:
             n_head=self.n_head,
             n_embd=self.n_embd,
         )
-        check_dropout(owner, self.dropout)
+        check_dropout(owner, dropout=self.dropout)
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"{owner}: n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}"

@@ -25,7 +25,9 @@ class LanguageModel(nn.Module):
 
     A subclass states `model_type` (its name in config.json), `config_class` (a dataclass with a
     `vocab_size`), `carries_state` (whether training hands the state on from batch to batch),
-    and takes `(config, backend="lmkern")` in its constructor.
+    and takes `(config, backend="lmkern")` in its constructor. One with `has_penalty` is called with
+    `return_penalty=True` in training, and returns a third result: what is added to the loss per
+    token.
     """
 
     model_type: ClassVar[str]
@@ -42,6 +44,11 @@ class LanguageModel(nn.Module):
     def context_size(self) -> int | None:
         """The most tokens one state can hold, or None where there is no limit."""
         return None
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether training adds something to the loss that depends on more than the logits."""
+        return False
 
     @property
     def num_parameters(self) -> int:
@@ -154,10 +161,11 @@ def check_positive(owner: str, **values: int) -> None:
             raise ValueError(f"{owner}: {name} must be a positive integer, got {value!r}")
 
 
-def check_dropout(owner: str, dropout: float) -> None:
-    """Raises ValueError unless `dropout` is a probability below 1."""
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{owner}: dropout must be in [0, 1), got {dropout!r}")
+def check_dropout(owner: str, **rates: float) -> None:
+    """Raises ValueError naming the first of `rates` that is not a probability below 1."""
+    for name, rate in rates.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"{owner}: {name} must be in [0, 1), got {rate!r}")
 
 
 def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:

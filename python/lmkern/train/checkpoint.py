@@ -3,9 +3,11 @@
 `<out_dir>/checkpoints/step-00000250/` holds
     model.safetensors, config.json   the model, as `from_pretrained` reads it
     tokenizer.json                   where the data has a tokenizer
+    iterate.safetensors              where parameters are averaged (then the model holds the
+                                     averages): those that the next step starts from
     optimizer.safetensors            `<parameter>.<buffer>` of the optimizer
     rank-0.safetensors               random generators and recurrent state, one file per process
-    trainer.json                     step, best result, configuration
+    trainer.json                     step, validation losses, configuration
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +36,13 @@ from ..files import (
 )
 from ..models import LanguageModel
 from ..models.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from .average import WeightAverage
 
-VERSION = 1
+VERSION = 2
 META_FILE = "trainer.json"
 TOKENIZER_FILE = "tokenizer.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
+_ITERATE_FILE = "iterate.safetensors"
 _NAME = re.compile(r"step-(\d{8,})$")
 
 
@@ -49,6 +54,7 @@ class Checkpoint:
     step: int
     meta: dict[str, Any]
     optimizer: dict[str, Tensor]
+    iterate: dict[str, Tensor]
     rank: dict[str, Tensor]
 
     @property
@@ -76,6 +82,7 @@ def save_checkpoint(
     optimizer: dict[str, Tensor],
     ranks: Sequence[dict[str, Tensor]],
     meta: dict[str, Any],
+    average: WeightAverage | None = None,
 ) -> Path:
     """Writes the checkpoint of `step` and returns its directory.
 
@@ -84,15 +91,20 @@ def save_checkpoint(
             it is left and older checkpoints are as they were.
     """
     path = root / f"step-{step:08d}"
+    averaged = None if average is None else average.count
+    head = {"version": VERSION, "step": step, "averaged": averaged}
     try:
         with atomic_directory(path) as temporary:
-            model.save_pretrained(temporary)
+            if average is not None:
+                write_tensors(temporary / _ITERATE_FILE, average.parameters)
+            with nullcontext() if average is None else average.applied():
+                model.save_pretrained(temporary)
             if tokenizer is not None:
                 tokenizer.save(temporary / TOKENIZER_FILE)
             write_tensors(temporary / _OPTIMIZER_FILE, optimizer)
             for i, tensors in enumerate(ranks):
                 write_tensors(temporary / f"rank-{i}.safetensors", tensors)
-            write_json(temporary / META_FILE, {"version": VERSION, "step": step, **meta})
+            write_json(temporary / META_FILE, {**head, **meta})
     except OSError as error:
         older = [p for _, p in list_checkpoints(root)]
         last = f"the last one is {older[-1]}" if older else "there is no older one"
@@ -126,6 +138,7 @@ def read_checkpoint(path: Path, rank: int = 0) -> Checkpoint:
         step=int(meta["step"]),
         meta=meta,
         optimizer=read_tensors(path / _OPTIMIZER_FILE),
+        iterate={} if meta["averaged"] is None else read_tensors(path / _ITERATE_FILE),
         rank=read_tensors(path / f"rank-{rank}.safetensors"),
     )
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batches import IGNORE, evaluation_batches
+from ..data.corpus import TokenData
+from ..models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,27 @@ def evaluate(
         model.train(was_training)
     loss = total.item() / count
     return Evaluation(loss, perplexity(loss), count)
+
+
+def evaluate_parts(
+    model: LanguageModel, data: TokenData, *, sequence_length: int, batch_size: int
+) -> dict[str, Evaluation]:
+    """Loss on the validation part and, where there is one, the test part.
+
+    A model that carries state reads the test part as one stream, as the custom is.
+
+    Raises:
+        ValueError: the test part has fewer than 2 tokens.
+    """
+    how: dict[str, Any] = {
+        "sequence_length": sequence_length,
+        "carries_state": model.carries_state,
+    }
+    results = {"validation": evaluate(model, data.val, batch_size=batch_size, **how)}
+    if data.test is not None:
+        lanes = 1 if model.carries_state else batch_size
+        try:
+            results["test"] = evaluate(model, data.test, batch_size=lanes, **how)
+        except ValueError as error:
+            raise ValueError(f"{data.source}: the test part {error}") from None
+    return results

@@ -26,6 +26,7 @@ from ..data.corpus import TokenData
 from ..files import remove_stale, write_json
 from ..models import LanguageModel
 from ..models.pretrained import load_weights
+from .average import is_stuck
 from .checkpoint import (
     Checkpoint,
     checkpoint_root,
@@ -38,7 +39,7 @@ from .checkpoint import (
     restore_random,
     save_checkpoint,
 )
-from .config import TrainConfig, learning_rate
+from .config import TrainConfig
 from .evaluate import Evaluation, evaluate
 from .log import Progress, StepLog
 from .stop import StopSignals
@@ -50,6 +51,7 @@ _FIXED_ON_RESUME = (
     "gradient_accumulation",
     "sequence_length",
     "optimizer",
+    "averaging",
     "seed",
     "mixed_precision",
 )
@@ -112,7 +114,7 @@ class Trainer:
         self.config = self.updater.config
         self.is_main = self.accelerator.is_main_process
         self.quiet = quiet or not self.is_main
-        self.val_loss: float | None = None
+        self.val_losses: list[float] = []
         self.best_val_loss: float | None = None
         self.best_step: int | None = None
         self.checkpoint: Path | None = None
@@ -121,6 +123,11 @@ class Trainer:
     def step(self) -> int:
         """Updates done so far."""
         return self.updater.step
+
+    @property
+    def val_loss(self) -> float | None:
+        """Of the last evaluation."""
+        return self.val_losses[-1] if self.val_losses else None
 
     def fit(self) -> TrainResult:
         """Trains until `max_steps`, or until SIGINT or SIGTERM asks to stop after the step.
@@ -182,6 +189,7 @@ class Trainer:
             ranks = gather_object(ranks)
         if self.is_main:
             scaler = self.accelerator.scaler
+            average = self.updater.average
             self.checkpoint = save_checkpoint(
                 self.root,
                 self.step,
@@ -190,7 +198,7 @@ class Trainer:
                 optimizer_tensors(self.updater.optimizer.optimizer, self._names),
                 ranks,
                 {
-                    "val_loss": self.val_loss,
+                    "val_losses": self.val_losses,
                     "best_val_loss": self.best_val_loss,
                     "best_step": self.best_step,
                     "num_processes": self.accelerator.num_processes,
@@ -199,20 +207,22 @@ class Trainer:
                     "train": dataclasses.asdict(self.config),
                     "run": self.run_config,
                 },
+                average,
             )
             prune(self.root, self.config.keep_last, self.best_step)
         return self.checkpoint
 
     def evaluate(self) -> Evaluation:
         """Loss on the validation tokens; every process computes all of it."""
-        return evaluate(
-            self.model,
-            self.data.val,
-            sequence_length=self.updater.sequence_length,
-            batch_size=self.config.batch_size,
-            carries_state=self.model.carries_state,
-            max_batches=self.config.eval_batches or None,
-        )
+        with self.updater.averaged():
+            return evaluate(
+                self.model,
+                self.data.val,
+                sequence_length=self.updater.sequence_length,
+                batch_size=self.config.batch_size,
+                carries_state=self.model.carries_state,
+                max_batches=self.config.eval_batches or None,
+            )
 
     @property
     def _names(self) -> dict[Tensor, str]:
@@ -267,17 +277,24 @@ class Trainer:
                 f"cannot resume {checkpoint.path}: it was trained on another text or tokenizer"
             )
         load_weights(self.model, checkpoint.weights)
+        if meta["averaged"] is not None:
+            # The model's file has the averages; the parameters themselves are beside it.
+            self.updater.start_averaging()
+            assert self.updater.average is not None
+            self.updater.average.load(checkpoint.iterate, meta["averaged"])
         optimizer = self.updater.optimizer.optimizer
         load_optimizer_tensors(optimizer, checkpoint.optimizer, self._names)
         if self.accelerator.scaler is not None and meta["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(meta["scaler"])
         for i in range(len(self.updater.states)):
-            parts = sorted(name for name in checkpoint.rank if name.startswith(f"state.{i}."))
-            if parts:
+            count = sum(name.startswith(f"state.{i}.") for name in checkpoint.rank)
+            if count:
                 device = self.accelerator.device
-                self.updater.states[i] = tuple(checkpoint.rank[p].to(device) for p in parts)
+                self.updater.states[i] = tuple(
+                    checkpoint.rank[f"state.{i}.{j}"].to(device) for j in range(count)
+                )
         self.updater.step = checkpoint.step
-        self.val_loss = meta["val_loss"]
+        self.val_losses = list(meta["val_losses"])
         self.best_val_loss = meta["best_val_loss"]
         self.best_step = meta["best_step"]
         self.checkpoint = checkpoint.path
@@ -292,6 +309,7 @@ class Trainer:
 
     def _timed_update(self) -> dict[str, Any]:
         begin = time.perf_counter()
+        rate = self.updater.learning_rate
         try:
             loss, norm, tokens = self.updater.update()
         except FloatingPointError as error:
@@ -299,7 +317,7 @@ class Trainer:
         return {
             "step": self.step,
             "loss": loss,
-            "learning_rate": learning_rate(self.config, self.step - 1),
+            "learning_rate": rate,
             # JSON has no infinity; fp16 training may overflow now and then.
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens_per_second": round(tokens / (time.perf_counter() - begin), 1),
@@ -310,8 +328,12 @@ class Trainer:
         result = self.evaluate()
         if not math.isfinite(result.loss):
             raise self._not_finite(f"validation loss is {result.loss} at step {self.step}")
-        row["val_loss"] = self.val_loss = result.loss
+        row["val_loss"] = result.loss
         row["val_perplexity"] = result.perplexity
+        self.val_losses.append(result.loss)
+        waiting = self.config.averaging == "nonmonotonic" and self.updater.average is None
+        if waiting and is_stuck(self.val_losses, self.config.nonmono):
+            self.updater.start_averaging()
         if self.best_val_loss is not None and result.loss >= self.best_val_loss:
             return False
         self.best_val_loss, self.best_step = result.loss, self.step

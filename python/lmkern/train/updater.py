@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.batches import Batch, RandomWindows, Sampler, Streams
 from ..data.corpus import TokenData
 from ..models import LanguageModel
+from .average import WeightAverage
 from .config import TrainConfig, learning_rate
 from .evaluate import detached, token_loss
 
@@ -49,22 +50,40 @@ class Updater:
             accelerator = make_accelerator(config)
         if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
             raise ValueError("TrainConfig: mixed_precision fp16 needs a GPU; bf16 does not")
-        self.config = dataclasses.replace(config, sequence_length=length)
+        config = dataclasses.replace(config, sequence_length=length)
         self.sequence_length = length
         self.accelerator = accelerator
-        self.sampler = make_sampler(model, data, self.config, accelerator.num_processes)
+        self.sampler = make_sampler(model, data, config, accelerator.num_processes)
+        self.config = in_steps(config, self.sampler.steps_per_epoch)
         self.model = model
         self.prepared = accelerator.prepare(model)  # the model behind autocast and DDP
         self.optimizer = accelerator.prepare(make_optimizer(model, config))
         self.step = 0
+        # The running mean of the parameters, from where `averaging` begins.
+        self.average: WeightAverage | None = None
+        if config.averaging == "always":
+            self.start_averaging()
         # The recurrent state handed on, one per batch of an update.
         self.states: list[Any] = [None] * config.gradient_accumulation
+
+    def start_averaging(self) -> None:
+        """From the next update on, the parameters are averaged."""
+        self.average = WeightAverage(dict(self.model.named_parameters()))
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it, the model has the averaged parameters, if there are any yet."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return learning_rate(self.config, self.step, self.sampler.steps_per_epoch)
 
     def update(self) -> tuple[float, float, int]:
         """One parameter update; returns loss per token, gradient norm and number of tokens.
 
         The gradient is that of the summed loss of all batches and processes over the number of
-        all their tokens, so batches of unequal size weigh as in one big batch.
+        all their tokens (or sequences), so batches of unequal size weigh as in one big batch.
 
         Raises:
             FloatingPointError: loss or gradient norm is not finite; parameters are unchanged.
@@ -76,11 +95,14 @@ class Updater:
             row = (first + i) * config.batch_size
             batches.append(self.sampler.batch(self.step, row, row + config.batch_size))
         num_tokens = int(self.summed(sum(batch.num_tokens for batch in batches)))
+        divisor = num_tokens
+        if config.loss_per == "sequence":
+            divisor = len(batches) * config.batch_size * accelerator.num_processes
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step)
+            group["lr"] = self.learning_rate
         self.prepared.train()
         self.optimizer.zero_grad()
-        loss = self.summed(self.accumulate_gradient(batches, num_tokens)) / num_tokens
+        loss = self.summed(self.accumulate_gradient(batches, divisor)) / num_tokens
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} at step {self.step + 1}")
         limit = config.grad_clip or math.inf
@@ -89,23 +111,34 @@ class Updater:
         if not math.isfinite(norm) and accelerator.scaler is None:
             raise FloatingPointError(f"gradient norm is {norm} at step {self.step + 1}")
         self.optimizer.step()
+        if self.average is not None and not self.optimizer.step_was_skipped:
+            self.average.update()
         self.step += 1
         return loss, norm, num_tokens
 
-    def accumulate_gradient(self, batches: list[Batch], num_tokens: int) -> Tensor:
-        """Adds d(summed loss / num_tokens) to the gradients; returns this process's summed loss."""
+    def accumulate_gradient(self, batches: list[Batch], divisor: int) -> Tensor:
+        """Adds d(summed loss / divisor) to the gradients; returns this process's summed loss.
+
+        A model's penalty counts once per token in the gradient, and not in what is returned.
+        """
         accelerator = self.accelerator
         device = accelerator.device
         total = torch.zeros((), device=device)
         # DDP averages gradients over processes; the sum over all of them is wanted.
-        scale = accelerator.num_processes / num_tokens
+        scale = accelerator.num_processes / divisor
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
             with nullcontext() if is_last else accelerator.no_sync(self.prepared):
                 state = None if batch.reset else self.states[i]
-                logits, state = self.prepared(batch.inputs.to(device), state)
+                penalty: Tensor | float = 0.0
+                if self.model.has_penalty:
+                    logits, state, penalty = self.prepared(
+                        batch.inputs.to(device), state, return_penalty=True
+                    )
+                else:
+                    logits, state = self.prepared(batch.inputs.to(device), state)
                 loss = token_loss(logits, batch.targets.to(device))
-                accelerator.backward(loss * scale)
+                accelerator.backward((loss + batch.num_tokens * penalty) * scale)
             self.states[i] = detached(state)
             total += loss.detach()
         return total
@@ -118,6 +151,16 @@ class Updater:
         return float(value)
 
 
+def in_steps(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
+    """`config` with what it counts in passes over the training text counted in updates."""
+    return dataclasses.replace(
+        config,
+        max_steps=config.epochs * steps_per_epoch if config.epochs else config.max_steps,
+        eval_every=config.eval_every or steps_per_epoch,
+        save_every=config.save_every or steps_per_epoch,
+    )
+
+
 def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     """The device and precision that `config` asks for; `options` go to accelerate."""
     return Accelerator(
@@ -126,7 +169,7 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
 
 
 def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD, with weight decay on matrices only."""
+    """AdamW or SGD (torch's), with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -134,7 +177,7 @@ def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.Opt
         {"params": vectors, "weight_decay": 0.0},
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.beta1)
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
     )
