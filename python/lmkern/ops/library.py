@@ -34,9 +34,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def use_kernel(
-    op: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
-) -> bool:
+def use_kernel(op: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> bool:
     """Whether ``op`` runs on its kernel; otherwise the caller takes :mod:`lmkern.reference`.
 
     The reference is made of plain torch operations, so it serves what a kernel cannot: other devices
