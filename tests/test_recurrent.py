@@ -41,7 +41,7 @@ def test_oracle(isa, cell, dtype, reverse):
         )
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 @pytest.mark.parametrize(
     "size", [(2, 40, 300, 300), (12, 3, 64, 333), (100, 2, 8, 520), (3, 2, 8, 1030)], ids=str
 )

@@ -297,7 +297,7 @@ def test_sigmoid_elman():
         torch.testing.assert_close(ours(x)[0][t], expected)
 
 
-@pytest.mark.parametrize(("layer", "cell"), zip(LAYERS, CELLS, strict=True))
+@pytest.mark.parametrize(("layer", "cell"), list(zip(LAYERS, CELLS, strict=True)))
 def test_layer_is_its_cell_over_time(layer, cell):
     ours, _ = pair(layer, 5, 7)
     step = getattr(lmkern.nn, cell)(5, 7)

@@ -47,7 +47,8 @@ def _forward_cpu(
     for fresh in (gates, y, cells):
         _C.prefer_huge_pages(fresh)
     flat = gates.flatten(0, 1)
-    with without_autocast():
+    # An exported program calls the op as it is, with parameters that require a gradient.
+    with torch.no_grad(), without_autocast():
         if b_ih is None or b_hh is None:
             torch.mm(x.flatten(0, 1), w_ih.t(), out=flat)
         else:
