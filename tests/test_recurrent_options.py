@@ -629,7 +629,7 @@ def test_everything_at_once_trains(kind):
     ):  # fmt: skip
         output, state = module(**inputs)
         y = output if isinstance(output, torch.Tensor) else output.data
-            (y.sum() + h_of(state)[0].sum()).backward()
+        (y.sum() + h_of(state)[0].sum()).backward()
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         module.zero_grad()
