@@ -11,7 +11,8 @@ EPSILON = {
     torch.float32: 1e-6,
     torch.float64: 1e-14,
     torch.bfloat16: 8e-3,
-}  # about one ULP for bfloat16
+    torch.float16: 1e-3,
+}  # about one ULP for bfloat16 and float16
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 

@@ -8,8 +8,8 @@ Bad arguments raise ``ValueError``, ``TypeError`` or ``IndexError`` naming the a
 expected and what came; nothing has been computed then.
 """
 
+from lmkern.functional._embedding import embedding
 from lmkern.functional.attention import scaled_dot_product_attention
-from lmkern.functional.embedding import embedding
 from lmkern.functional.recurrent import gru, lstm, rnn
 from lmkern.functional.recurrent_cell import gru_cell, lstm_cell, rnn_cell
 

@@ -205,12 +205,11 @@ def _check_packed(
     if not isinstance(batch_sizes, Tensor):
         raise TypeError(f"{op}: batch_sizes must be a Tensor, got {type(batch_sizes).__name__}")
     if batch_sizes.dim() != 1 or batch_sizes.shape[0] == 0:
-        raise ValueError(
-            f"{op}: batch_sizes must be [T], not empty, got {list(batch_sizes.shape)}"
-        )
+        raise ValueError(f"{op}: batch_sizes must be [T], not empty, got {list(batch_sizes.shape)}")
     if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
         raise TypeError(
-            f"{op}: batch_sizes must be int64 on the cpu, got {batch_sizes.dtype} on {batch_sizes.device}"
+            f"{op}: batch_sizes must be int64 on the cpu, "
+            f"got {batch_sizes.dtype} on {batch_sizes.device}"
         )
     sizes = batch_sizes.tolist()
     if sizes[-1] < 1 or sum(sizes) != input.shape[0] or sizes != sorted(sizes, reverse=True):

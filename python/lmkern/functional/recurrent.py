@@ -10,7 +10,6 @@ from lmkern.functional._layer import rnn_cell_name, run_layer
 from lmkern.ops.check import check_pair
 
 
-
 def lstm(
     input: Tensor,
     w_ih: Tensor,

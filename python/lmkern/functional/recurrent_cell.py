@@ -86,7 +86,15 @@ def gru_cell(
         check_unbatched("gru_cell", input, hx)
         hx = None if hx is None else hx.unsqueeze(0)
         return gru_cell(
-            input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, norm_ih=norm_ih, norm_hh=norm_hh, eps=eps
+            input.unsqueeze(0),
+            hx,
+            w_ih,
+            w_hh,
+            b_ih,
+            b_hh,
+            norm_ih=norm_ih,
+            norm_hh=norm_hh,
+            eps=eps,
         ).squeeze(0)
     return run_layer(
         "gru_cell", "gru", 3, input.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, hx, None,

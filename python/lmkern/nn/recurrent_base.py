@@ -337,7 +337,9 @@ class RNNBase(Module):
         hidden = self._sizes[row // self._directions]
         features = self.proj_size or hidden
         rates = self._zoneouts()
-        for key, rate, width in zip(("zoneout_h", "zoneout_c"), rates, (features, hidden), strict=True):
+        for key, rate, width in zip(
+            ("zoneout_h", "zoneout_c"), rates, (features, hidden), strict=True
+        ):
             if rate:
                 shape = (*x.shape[:-1], width)
                 options[key] = torch.rand(shape, device=x.device) < rate if self.training else rate
@@ -392,6 +394,7 @@ class RNNBase(Module):
 
 
 def _probability(owner: str, key: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value <= 1:
+    is_number = isinstance(value, numbers.Number) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:
         raise ValueError(f"{owner}: {key} must be a probability in [0, 1], got {value!r}")
     return float(value)

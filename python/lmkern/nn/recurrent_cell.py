@@ -15,6 +15,8 @@ from lmkern.functional import gru_cell, lstm_cell, rnn_cell
 class RNNCellBase(Module):
     """Base of RNNCell, LSTMCell and GRUCell; ``num_chunks`` is the number of gates, G."""
 
+    weight_ih: Tensor
+    weight_hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None
 

@@ -1,4 +1,7 @@
-"""Embedding. Math and layouts: csrc/ops/embedding.h."""
+"""Embedding. Math and layouts: csrc/ops/embedding.h.
+
+The underscore keeps ``lmkern.functional.embedding`` free for the function.
+"""
 
 from __future__ import annotations
 
