@@ -302,7 +302,9 @@ LMKERN_INLINE void multiply_block(std::int64_t k_blocks, const Half* a, std::int
 
 }  // namespace detail
 
-// One product: out[rows][columns] = (bias, or out if `accumulate`) + A * panel.
+// One product: out[rows][columns] = bias + A * panel, or, if `accumulate`, is increased by that.
+// The sum is finished before it is added: what rounding errors a long one collects is avoided by
+// cutting it, here at the latest from a few thousand k on.
 struct Product {
   std::int64_t rows, columns, k_blocks;
   const Half* a;  // planes
@@ -320,23 +322,15 @@ template <int N, int R, int C>
 LMKERN_INLINE void multiply_at(const Product& p, std::int64_t row, int tile) {
   const std::int64_t rows = p.rows - row, columns = p.columns - tile * kTile;
   float* const out = p.out + row * p.out_stride + tile * kTile;
-  // A tile that reaches beyond the matrix passes through a buffer.
-  const bool whole = rows >= R * kTile && columns >= C * kTile;
-  constexpr std::int64_t kBufferStride = C * kTile;
-  alignas(64) float buffer[R * kTile * kBufferStride];
-  const std::int64_t height = rows < R * kTile ? rows : R * kTile;
-  const std::int64_t width = columns < kBufferStride ? columns : kBufferStride;
-  float* const at = whole ? out : buffer;
-  const std::int64_t stride = whole ? p.out_stride : kBufferStride;
-  if (p.accumulate && !whole)
-    for (std::int64_t r = 0; r < height; ++r)
-      __builtin_memcpy(buffer + r * kBufferStride, out + r * p.out_stride, width * sizeof(float));
+  // Tiles that reach beyond the matrix, or are to be added to it, pass through a buffer.
+  const bool direct = rows >= R * kTile && columns >= C * kTile && !p.accumulate;
+  alignas(64) float buffer[R * kTile][C * kTile];
+  float* const to = direct ? out : buffer[0];
+  const std::int64_t stride = direct ? p.out_stride : C * kTile;
   unroll<R>(LMKERN_EACH(r) {
     unroll<C>(LMKERN_EACH(c) {
       constexpr int acc = decltype(r)::value * C + decltype(c)::value;
-      if (p.accumulate)
-        tile_load<acc>(at + r.value * kTile * stride + c.value * kTile, stride);
-      else if (p.bias != nullptr)  // the same row 16 times
+      if (p.bias != nullptr)  // the same row 16 times
         tile_load<acc>(p.bias + (tile + c.value) * kTile, 0);
       else
         tile_zero<acc>();
@@ -347,12 +341,17 @@ LMKERN_INLINE void multiply_at(const Product& p, std::int64_t row, int tile) {
   unroll<R>(LMKERN_EACH(r) {
     unroll<C>(LMKERN_EACH(c) {
       tile_store<decltype(r)::value * C + decltype(c)::value>(
-          at + r.value * kTile * stride + c.value * kTile, stride);
+          to + r.value * kTile * stride + c.value * kTile, stride);
     });
   });
-  if (!whole)
-    for (std::int64_t r = 0; r < height; ++r)
-      __builtin_memcpy(out + r * p.out_stride, buffer + r * kBufferStride, width * sizeof(float));
+  if (direct) return;
+  for (std::int64_t r = 0; r < rows && r < R * kTile; ++r)
+    for (int c = 0; c < C; ++c) {
+      const std::int64_t left = columns - c * kTile, n = left < 0 ? 0 : left < kTile ? left : kTile;
+      float* const at = out + r * p.out_stride + c * kTile;
+      const Vec<float> sum = load(buffer[r] + c * kTile);
+      store_n(at, p.accumulate ? sum + load_n(at, n) : sum, n);
+    }
 }
 
 }  // namespace detail

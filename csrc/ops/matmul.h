@@ -1,6 +1,6 @@
 // Matrix product, float32.
 //
-// Math       out = op(a) op(b) + bias, or out += op(a) op(b);  op(x) is x, or x^T if transposed
+// Math       out (+)= op(a) op(b) + bias;  op(x) is x, or x^T if transposed
 // Shapes     op(a) [M, K]   op(b) [K, N]   bias [N]   out [M, N]
 // Layout     rows of a, b and out are contiguous and may have any stride; bias is contiguous.
 // Aliasing   out overlaps nothing.
@@ -25,7 +25,7 @@ struct MatmulArgs {
   TensorView out;   // [M, N] out
   bool transpose_a;
   bool transpose_b;
-  bool accumulate;  // add to out; excludes bias
+  bool accumulate;  // add to out
 };
 
 bool matmul(const MatmulArgs& args);

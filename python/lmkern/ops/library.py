@@ -100,7 +100,7 @@ def matmul(
     transpose_b: bool = False,
     accumulate: bool = False,
 ) -> Tensor:
-    """``op(a) @ op(b) + bias``, or ``out += op(a) @ op(b)``; ``op`` transposes on request.
+    """``op(a) @ op(b) + bias``, added to ``out`` if ``accumulate``; ``op`` transposes on request.
 
     On AMX by lmkern's float32 kernel (csrc/ops/matmul.h), elsewhere and for small products by torch.
     ``a [M, K]``, ``b [K, N]``, ``bias [N]``, ``out [M, N]``. For op implementations: no gradient.
@@ -120,6 +120,8 @@ def matmul(
             return out
     with without_autocast():
         if accumulate:
+            if bias is not None:
+                out += bias
             return out.addmm_(x, y)
         if bias is None:
             return torch.mm(x, y, out=out)
