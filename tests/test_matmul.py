@@ -150,7 +150,9 @@ def test_wildly_different_magnitudes():
 
 @needs_amx
 @pytest.mark.usefixtures("amx")
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.4e38, -3.4e38, 1e37])
+@pytest.mark.parametrize(
+    "value", [float("inf"), float("-inf"), float("nan"), 3.4e38, -3.4e38, 1e37]
+)
 @pytest.mark.parametrize("where", ["a", "b"])
 def test_not_representable(where, value):
     """An element that the split cannot hold, or a product that might overflow, anywhere."""

@@ -111,6 +111,7 @@ LMKERN_INLINE void planes_from_rows(const float* from, std::int64_t stride, std:
     Half* to_row = to + r * to_stride;
     for (std::int64_t k = 0; k < padded; k += kTile) {
       const std::int64_t n = depth - k;
+      __builtin_prefetch(row + k + 4 * stride);  // short pieces of far rows: none is foreseen
       const Vec<float> v = n >= kTile ? load(row + k) : load_n(row + k, n > 0 ? n : 0);
       seen.see(v);
       store_planes(v, to_row + k, plane);
