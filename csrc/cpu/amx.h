@@ -1,27 +1,27 @@
 // Float32 matrix products of full float32 accuracy on Intel AMX, whose tiles multiply bfloat16.
 //
-// Split     x = hi + mid + lo, three bfloat16 values, without error: hi is x rounded to its 8
-// leading
-//           bits, so |x - hi| <= 2^-8 |x|; mid is that residual rounded, and what is then left has
-//           at most 7 bits. (Which way a tie goes is immaterial, so it goes where it is cheapest:
-//           up.)
-// Product   x y = hi hi' + hi mid' + mid hi' + mid mid' + hi lo' + lo hi', smallest first, in the
+// Split     x = hi + mid + lo, three bfloat16 values, without error. hi is x rounded to its leading
+//           8 bits, so |x - hi| <= 2^-8 |x|; mid is that residual rounded; what is then left has at
+//           most 7 bits. Which way a tie goes is immaterial: away from zero, which is cheapest.
+// Product   x y = hi lo' + hi mid' + mid mid' + mid hi' + lo hi' + hi hi', in this order, in the
 //           float accumulators of TDPBF16PS. Left out are mid lo', lo mid' and lo lo': at most
 //           2^-24 |x y|, the rounding error of one float product.
-// Sum       a tile product adds 32 terms from zero before it adds to the accumulator, so there are
-//           fewer roundings at the accumulator's size (6 for 32 terms) than in a chain of FMAs.
+// Sum       a tile product adds its 32 terms from zero before it adds them to the accumulator, so
+//           there are 6 roundings at the accumulator's size for 32 k, where a chain of FMAs has 32.
 // Range     AMX takes denormals for zero, which costs parts below 2^-126 and results of that size,
 //           and an overflow would meet its opposite in another of the six products. `in_range` says
 //           when neither matters; outside of it the caller must use a float32 product.
 //
-// Layout    A, "planes": three bfloat16 matrices (hi, mid, lo), row-major, a plane apart. A product
-//           reads whole tiles: rows up to a multiple of 16 (of any content) and columns up to one
-//           of 32 (zero, or zero in B). Row strides that are odd multiples of 32 (`plane_stride`)
-//           spread a tile over the sets of the L1 cache. B, "panel": N tiles of 16 columns,
-//           [k-block of 32][plane][tile][16 pairs of k][16 columns][2], zero beyond the given
-//           columns and depth.
-// Numerics  an element's value depends on its row, its column and k only, never on what else is
-//           multiplied with them; k ascends in blocks of 32.
+// Layout of A, "planes": three bfloat16 matrices (hi, mid, lo), row-major, a plane apart. A product
+// reads whole tiles: rows up to a multiple of 16, of any content, and columns up to a multiple of
+// 32, which must be zero. Row strides that are odd multiples of 32 (`plane_stride`) spread a tile
+// over the sets of the L1 cache.
+//
+// Layout of B, "panel": N tiles of 16 columns, [k-block of 32][plane][tile][16 pairs of k][16
+// columns][2], zero beyond the given columns and depth.
+//
+// Numerics: an element's value depends on its row, its column and k only, never on what else is
+// multiplied with them; k ascends in blocks of 32.
 #pragma once
 #ifdef __AMX_BF16__
 #include "cpu/vec.h"
