@@ -4,10 +4,8 @@
 // Shapes     op(a) [M, K]   op(b) [K, N]   bias [N]   out [M, N]
 // Layout     rows of a, b and out are contiguous and may have any stride; bias is contiguous.
 // Aliasing   out overlaps nothing.
-// Numerics   each product of two floats is exact to 2^-24 of its value and sums are in float, so
-// that
-//            the error is no larger than that of a chain of FMAs (csrc/cpu/amx.h). Same bits for
-//            any thread count.
+// Numerics   products are exact to 2^-24 of their value and summed in float: the error is no larger
+//            than that of a chain of FMAs (csrc/cpu/amx.h). Same bits for any thread count.
 // Result     false: not done, because this instruction set has no kernel, there is nothing to
 //            multiply, or magnitudes are such that float32 might give a different Inf, NaN or
 //            denormal. `out` is then untouched if `accumulate`, and unspecified otherwise.
