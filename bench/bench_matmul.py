@@ -9,7 +9,13 @@ from harness import Case, assert_close
 from lmkern.ops.library import matmul
 
 # M rows of x (steps x batch), N outputs, K inputs
-SIZES = [(2048, 1024, 256), (4096, 2048, 512), (16384, 512, 128), (700, 2600, 650), (2048, 4096, 1024)]  # fmt: skip
+SIZES = [
+    (2048, 1024, 256),
+    (4096, 2048, 512),
+    (16384, 512, 128),
+    (700, 2600, 650),
+    (2048, 4096, 1024),
+]
 
 
 @pytest.mark.parametrize("form", ["x W^T", "d W", "d^T x"])

@@ -1,27 +1,27 @@
 // Float32 matrix products of full float32 accuracy on Intel AMX, whose tiles multiply bfloat16.
 //
-// Split     x = hi + mid + lo, three bfloat16 values, without error: hi is x rounded to its 8
-// leading
-//           bits, so |x - hi| <= 2^-8 |x|; mid is that residual rounded, and what is then left has
-//           at most 7 bits. (Which way a tie goes is immaterial, so it goes where it is cheapest:
-//           up.)
-// Product   x y = hi hi' + hi mid' + mid hi' + mid mid' + hi lo' + lo hi', smallest first, in the
+// Split     x = hi + mid + lo, three bfloat16 values, without error. hi is x rounded to its leading
+//           8 bits, so |x - hi| <= 2^-8 |x|; mid is that residual rounded; what is then left has at
+//           most 7 bits. Which way a tie goes is immaterial: away from zero, which is cheapest.
+// Product   x y = hi lo' + hi mid' + mid mid' + mid hi' + lo hi' + hi hi', in this order, in the
 //           float accumulators of TDPBF16PS. Left out are mid lo', lo mid' and lo lo': at most
 //           2^-24 |x y|, the rounding error of one float product.
-// Sum       a tile product adds 32 terms from zero before it adds to the accumulator, so there are
-//           fewer roundings at the accumulator's size (6 for 32 terms) than in a chain of FMAs.
+// Sum       a tile product adds its 32 terms from zero before it adds them to the accumulator, so
+//           there are 6 roundings at the accumulator's size for 32 k, where a chain of FMAs has 32.
 // Range     AMX takes denormals for zero, which costs parts below 2^-126 and results of that size,
 //           and an overflow would meet its opposite in another of the six products. `in_range` says
 //           when neither matters; outside of it the caller must use a float32 product.
 //
-// Layout    A, "planes": three bfloat16 matrices (hi, mid, lo), row-major, a plane apart. A product
-//           reads whole tiles: rows up to a multiple of 16 (of any content) and columns up to one
-//           of 32 (zero, or zero in B). Row strides that are odd multiples of 32 (`plane_stride`)
-//           spread a tile over the sets of the L1 cache. B, "panel": N tiles of 16 columns,
-//           [k-block of 32][plane][tile][16 pairs of k][16 columns][2], zero beyond the given
-//           columns and depth.
-// Numerics  an element's value depends on its row, its column and k only, never on what else is
-//           multiplied with them; k ascends in blocks of 32.
+// Layout of A, "planes": three bfloat16 matrices (hi, mid, lo), row-major, a plane apart. A product
+// reads whole tiles: rows up to a multiple of 16, of any content, and columns up to a multiple of
+// 32, which must be zero. Row strides that are odd multiples of 32 (`plane_stride`) spread a tile
+// over the sets of the L1 cache.
+//
+// Layout of B, "panel": N tiles of 16 columns, [k-block of 32][plane][tile][16 pairs of k][16
+// columns][2], zero beyond the given columns and depth.
+//
+// Numerics: an element's value depends on its row, its column and k only, never on what else is
+// multiplied with them; k ascends in blocks of 32.
 #pragma once
 #ifdef __AMX_BF16__
 #include "cpu/vec.h"
@@ -120,6 +120,7 @@ LMKERN_INLINE void planes_from_rows(const float* from, std::int64_t stride, std:
     Half* to_row = to + r * to_stride;
     for (std::int64_t k = 0; k < padded; k += kTile) {
       const std::int64_t n = depth - k;
+      __builtin_prefetch(row + k + 4 * stride);  // short pieces of far rows: none is foreseen
       const Vec<float> v = n >= kTile ? load(row + k) : load_n(row + k, n > 0 ? n : 0);
       seen.see(v);
       store_planes(v, to_row + k, plane);
@@ -317,7 +318,9 @@ LMKERN_INLINE void multiply_block(std::int64_t k_blocks, const Half* a, std::int
 
 }  // namespace detail
 
-// One product: out[rows][columns] = (bias, or out if `accumulate`) + A * panel.
+// One product: out[rows][columns] = bias + A * panel, or, if `accumulate`, is increased by that.
+// The sum is finished before it is added: what rounding errors a long one collects is avoided by
+// cutting it, here at the latest from a few thousand k on.
 struct Product {
   std::int64_t rows, columns, k_blocks;
   const Half* a;  // planes
@@ -335,23 +338,15 @@ template <int N, int R, int C>
 LMKERN_INLINE void multiply_at(const Product& p, std::int64_t row, int tile) {
   const std::int64_t rows = p.rows - row, columns = p.columns - tile * kTile;
   float* const out = p.out + row * p.out_stride + tile * kTile;
-  // A tile that reaches beyond the matrix passes through a buffer.
-  const bool whole = rows >= R * kTile && columns >= C * kTile;
-  constexpr std::int64_t kBufferStride = C * kTile;
-  alignas(64) float buffer[R * kTile * kBufferStride];
-  const std::int64_t height = rows < R * kTile ? rows : R * kTile;
-  const std::int64_t width = columns < kBufferStride ? columns : kBufferStride;
-  float* const at = whole ? out : buffer;
-  const std::int64_t stride = whole ? p.out_stride : kBufferStride;
-  if (p.accumulate && !whole)
-    for (std::int64_t r = 0; r < height; ++r)
-      __builtin_memcpy(buffer + r * kBufferStride, out + r * p.out_stride, width * sizeof(float));
+  // Tiles that reach beyond the matrix, or are to be added to it, pass through a buffer.
+  const bool direct = rows >= R * kTile && columns >= C * kTile && !p.accumulate;
+  alignas(64) float buffer[R * kTile][C * kTile];
+  float* const to = direct ? out : buffer[0];
+  const std::int64_t stride = direct ? p.out_stride : C * kTile;
   unroll<R>(LMKERN_EACH(r) {
     unroll<C>(LMKERN_EACH(c) {
       constexpr int acc = decltype(r)::value * C + decltype(c)::value;
-      if (p.accumulate)
-        tile_load<acc>(at + r.value * kTile * stride + c.value * kTile, stride);
-      else if (p.bias != nullptr)  // the same row 16 times
+      if (p.bias != nullptr)  // the same row 16 times
         tile_load<acc>(p.bias + (tile + c.value) * kTile, 0);
       else
         tile_zero<acc>();
@@ -362,12 +357,17 @@ LMKERN_INLINE void multiply_at(const Product& p, std::int64_t row, int tile) {
   unroll<R>(LMKERN_EACH(r) {
     unroll<C>(LMKERN_EACH(c) {
       tile_store<decltype(r)::value * C + decltype(c)::value>(
-          at + r.value * kTile * stride + c.value * kTile, stride);
+          to + r.value * kTile * stride + c.value * kTile, stride);
     });
   });
-  if (!whole)
-    for (std::int64_t r = 0; r < height; ++r)
-      __builtin_memcpy(out + r * p.out_stride, buffer + r * kBufferStride, width * sizeof(float));
+  if (direct) return;
+  for (std::int64_t r = 0; r < rows && r < R * kTile; ++r)
+    for (int c = 0; c < C; ++c) {
+      const std::int64_t left = columns - c * kTile, n = left < 0 ? 0 : left < kTile ? left : kTile;
+      float* const at = out + r * p.out_stride + c * kTile;
+      const Vec<float> sum = load(buffer[r] + c * kTile);
+      store_n(at, p.accumulate ? sum + load_n(at, n) : sum, n);
+    }
 }
 
 }  // namespace detail

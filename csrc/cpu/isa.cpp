@@ -85,7 +85,8 @@ const Kernels* find(const std::string& name) {
   std::string known;
   for (const Kernels* table : supported()) {
     if (name == table->isa) return table;
-    known += (known.empty() ? "" : ", ") + std::string(table->isa);
+    if (!known.empty()) known += ", ";
+    known += table->isa;
   }
   throw std::invalid_argument("LMKERN_ISA must be one of " + known + " on this processor, got '" +
                               name + "'");

@@ -23,7 +23,6 @@ bool matmul(const MatmulArgs& a) {
     check.shape("b", a.b, {depth, columns}, "[K, N]");
   check.shape("out", a.out, {rows, columns}, "[M, N]");
   check.optional("bias", a.bias, DType::kFloat32, {columns}, "[N]");
-  if (a.bias.defined() && a.accumulate) check.fail("bias and accumulate exclude each other");
   return cpu::kernels().matmul(a);
 }
 

@@ -1,13 +1,11 @@
 // Matrix product, float32.
 //
-// Math       out = op(a) op(b) + bias, or out += op(a) op(b);  op(x) is x, or x^T if transposed
+// Math       out (+)= op(a) op(b) + bias;  op(x) is x, or x^T if transposed
 // Shapes     op(a) [M, K]   op(b) [K, N]   bias [N]   out [M, N]
 // Layout     rows of a, b and out are contiguous and may have any stride; bias is contiguous.
 // Aliasing   out overlaps nothing.
-// Numerics   each product of two floats is exact to 2^-24 of its value and sums are in float, so
-// that
-//            the error is no larger than that of a chain of FMAs (csrc/cpu/amx.h). Same bits for
-//            any thread count.
+// Numerics   products are exact to 2^-24 of their value and summed in float: the error is no larger
+//            than that of a chain of FMAs (csrc/cpu/amx.h). Same bits for any thread count.
 // Result     false: not done, because this instruction set has no kernel, there is nothing to
 //            multiply, or magnitudes are such that float32 might give a different Inf, NaN or
 //            denormal. `out` is then untouched if `accumulate`, and unspecified otherwise.
@@ -25,7 +23,7 @@ struct MatmulArgs {
   TensorView out;   // [M, N] out
   bool transpose_a;
   bool transpose_b;
-  bool accumulate;  // add to out; excludes bias
+  bool accumulate;  // add to out
 };
 
 bool matmul(const MatmulArgs& args);

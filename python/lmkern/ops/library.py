@@ -113,8 +113,9 @@ def without_autocast() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-# Below this many multiplications, or this many rows or columns, packing takes what tiles save.
-_TILE_PRODUCTS, _TILE_EXTENT = 1 << 22, 48
+# Where tiles save more than splitting takes: `b` is split for so many rows, `a` for so many columns,
+# and a call costs 2 us.
+_LEAST_ROWS, _LEAST_COLUMNS, _LEAST_PRODUCTS = 96, 48, 1 << 20
 
 
 def _rows(x: Tensor, transposed: bool) -> tuple[Tensor, bool]:
@@ -134,7 +135,7 @@ def matmul(
     transpose_b: bool = False,
     accumulate: bool = False,
 ) -> Tensor:
-    """``op(a) @ op(b) + bias``, or ``out += op(a) @ op(b)``; ``op`` transposes on request.
+    """``op(a) @ op(b) + bias``, added to ``out`` if ``accumulate``; ``op`` transposes on request.
 
     On AMX by lmkern's float32 kernel (csrc/ops/matmul.h), elsewhere and for small products by torch.
     ``a [M, K]``, ``b [K, N]``, ``bias [N]``, ``out [M, N]``. For op implementations: no gradient.
@@ -145,8 +146,9 @@ def matmul(
         out = a.new_empty(rows, columns)
     if (
         a.dtype == torch.float32
-        and rows * columns * depth >= _TILE_PRODUCTS
-        and min(rows, columns) >= _TILE_EXTENT
+        and rows >= _LEAST_ROWS
+        and columns >= _LEAST_COLUMNS
+        and rows * columns * depth >= _LEAST_PRODUCTS
         and out.stride(1) == 1
     ):
         (a, transpose_a), (b, transpose_b) = _rows(a, transpose_a), _rows(b, transpose_b)
@@ -154,6 +156,8 @@ def matmul(
             return out
     with plain_products():
         if accumulate:
+            if bias is not None:
+                out += bias
             return out.addmm_(x, y)
         if bias is None:
             return torch.mm(x, y, out=out)
