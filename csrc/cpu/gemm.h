@@ -10,8 +10,8 @@
 // recurrent step and of attention's forward and backward has this form (csrc/cpu/recurrent.cpp,
 // csrc/cpu/attention.cpp say which). The epilogue receives the tile while it is still in registers.
 //
-// Numerics: one FMA chain per element over k in ascending order. It depends neither on M and N nor
-// on how rows and columns were divided among threads, which is why results do not either.
+// Numerics: FMA chains over k in ascending order, of a length that depends neither on M nor on how rows
+// and columns were divided among threads, which is why results do not either.
 #pragma once
 #include "cpu/vec.h"
 
@@ -72,9 +72,10 @@ LMKERN_INLINE void for_row_tiles(std::int64_t rows, const F& f) {
 }
 
 // out[row][N vectors] = bias + a b for rows of a (neighbouring elements along k) and one packed panel
-// b[k][N vectors], kept in T or in a narrower storage type. A panel that is larger than the L1 cache
-// is taken in slices, each for all tiles before the next, so that it comes from L2 once and not once
-// for each tile; `out` holds the tiles in between. bias: N vectors, or null.
+// b[k][N vectors], kept in T or in a narrower storage type. The panel is taken in slices that fit into
+// the L1 cache, each for all tiles before the next, so that it comes from L2 once and not once for
+// each tile. Every slice is summed on its own before it is added: the error grows with the length of a
+// slice and the number of slices, not with their product. bias: N vectors, or null.
 //
 // A function of its own, not inlined: its caller's epilogue is instantiated for every cell and option,
 // and would take the tile code of every height with it. Passing tiles through `out`, which stays in
@@ -83,27 +84,22 @@ template <int N, class T, class W>
 __attribute__((noinline)) void multiply_panel(std::int64_t rows, std::int64_t depth, const T* a,
                                               std::int64_t a_m, const W* b, const T* bias, T* out) {
   constexpr std::int64_t kRow = N * kLanes<T>, kSlice = (24 << 10) / (kRow * sizeof(W));
-  const std::int64_t slice = rows > kTileRows<N> && depth > kSlice ? kSlice : depth;
   std::int64_t k = 0;
   do {  // once even at depth 0, where tiles are the bias
-    const std::int64_t end = k + slice < depth ? k + slice : depth;
+    const std::int64_t end = k + kSlice < depth ? k + kSlice : depth;
     for_row_tiles<kTileRows<N>>(
         rows, [&](std::int64_t row, auto tile) __attribute__((always_inline)) {
           constexpr int M = decltype(tile)::value;
           Vec<T> acc[M][N] = {};
-          if (k > 0 || bias != nullptr) {
-            LMKERN_UNROLL
-            for (int m = 0; m < M; ++m) {
-              const T* const from = k > 0 ? out + (row + m) * kRow : bias;
-              LMKERN_UNROLL
-              for (int n = 0; n < N; ++n) acc[m][n] = load(from + n * kLanes<T>);
-            }
-          }
           multiply_tile<M, N, T>(end - k, a + row * a_m + k, a_m, 1, b + k * kRow, kRow, acc);
           LMKERN_UNROLL
           for (int m = 0; m < M; ++m) {
+            T* const to = out + (row + m) * kRow;
+            const T* const before = k > 0 ? to : bias;
             LMKERN_UNROLL
-            for (int n = 0; n < N; ++n) store(out + (row + m) * kRow + n * kLanes<T>, acc[m][n]);
+            for (int n = 0; n < N; ++n)
+              store(to + n * kLanes<T>,
+                    before != nullptr ? load(before + n * kLanes<T>) + acc[m][n] : acc[m][n]);
           }
         });
     k = end;
