@@ -1,4 +1,10 @@
-"""LSTM: inference and training step against torch's native and oneDNN kernels."""
+"""LSTM, GRU and RNN layers: inference and training step against torch's kernels.
+
+Peers: ``native``, torch's own loop; ``onednn``, what nn.LSTM takes by default (GRU and RNN have no
+such path); ``compile``. torch.compile leaves recurrent modules alone unless ``allow_rnn`` is set, and
+then it unrolls the steps: compilation takes seconds a step, so only short sequences have this peer,
+and LSTM inference, which becomes one oneDNN call whatever the length.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ import pytest
 import torch
 
 import lmkern
-from harness import Case, assert_close
+from harness import Case, assert_agree, infer, train
 
 # (T, B, I, H)
 SIZES = [
@@ -19,51 +25,72 @@ SIZES = [
     (512, 8, 64, 64),
     (16, 128, 1024, 1024),
 ]
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+COMPILED_STEPS = 16
 
 
+def compile_layer(module: torch.nn.Module) -> torch.nn.Module:
+    torch._dynamo.config.allow_rnn = True
+    return torch.compile(module, dynamic=False, fullgraph=True)
+
+
+def without_onednn(run):
+    """``run`` without oneDNN; torch.backends.mkldnn.flags takes as long as a small step."""
+
+    def native():
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            return run()
+        finally:
+            torch._C._set_mkldnn_enabled(True)
+
+    return native
+
+
+def layer_flops(kind: str, rows: int, I: int, H: int, training: bool) -> float:
+    """Both products of ``rows`` steps; training adds as many again for d_x and d_h, and for d_W."""
+    return 2 * rows * GATES[kind] * H * (I + H) * (3 if training else 1)
+
+
+@pytest.mark.parametrize("kind", GATES, ids=str.lower)
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_lstm(compare, threads, size, training):
+def test_layers(compare, threads, size, training, kind):
     T, B, I, H = size
     torch.manual_seed(0)
-    theirs = torch.nn.LSTM(I, H)
-    ours = lmkern.nn.LSTM(I, H)
+    theirs = getattr(torch.nn, kind)(I, H)
+    ours = getattr(lmkern.nn, kind)(I, H)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(T, B, I)
     d_y = torch.randn(T, B, H)
 
-    def infer(module):
-        with torch.no_grad():
-            return module(x)[0]
+    def step(module, parameters):
+        def call(x):
+            return [module(x)[0]]
 
-    def train(module):
-        # Weights change at each step, as they do in training: nothing packed survives it.
-        with torch.no_grad():
-            for p in module.parameters():
-                p.mul_(1.0)
-                p.grad = None
-        leaf = x.detach().requires_grad_()
-        y = module(leaf)[0]
-        y.backward(d_y)
-        return [y.detach(), leaf.grad, *(p.grad for p in module.parameters())]
+        return train(call, [x], [d_y], parameters) if training else infer(call, [x])
 
-    step = train if training else infer
+    ours_parameters, parameters = list(ours.parameters()), list(theirs.parameters())
 
-    def without_onednn():
-        with torch.backends.mkldnn.flags(enabled=False):
-            return step(theirs)
+    peers = {"native": lambda: step(theirs, parameters)}
+    if kind == "LSTM":
+        peers["onednn"] = peers["native"]
+        peers["native"] = without_onednn(peers["onednn"])
+    if T <= COMPILED_STEPS or (kind == "LSTM" and not training):
+        compiled = compile_layer(theirs)
+        peers["compile"] = lambda: step(compiled, parameters)
 
-    def check():
-        a, b = step(ours), step(theirs)
-        assert_close(a if training else [a], b if training else [b], 1e-4)
+    def run():
+        return step(ours, ours_parameters)
 
-    forward = 2 * T * B * 4 * H * (I + H)
+    topic = f"{kind.lower()} {'training' if training else 'inference'}"
     compare(
         Case(
-            f"lstm {'training' if training else 'inference'} T,B,I,H={size}",
-            ours=lambda: step(ours),
-            peers={"onednn": lambda: step(theirs), "native": without_onednn},
-            check=check,
-            flops=forward * (3 if training else 1),
+            f"{topic} T,B,I,H={size}",
+            ours=run,
+            peers=peers,
+            check=lambda: assert_agree(run, peers, 1e-4),
+            flops=layer_flops(kind, T * B, I, H, training),
+            topic=topic,
         )
     )

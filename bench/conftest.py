@@ -1,8 +1,16 @@
-"""Options, machine description and the printed table of `make bench`."""
+"""Options, machine description, the printed table of `make bench` and the table that is kept.
+
+- some cases: make bench ARGS='-k "test_layers and gru and training"'
+- and the compact file: make bench ARGS='--seconds 0.8 --table bench/results/cpu-NAME.json'
+"""
 
 from __future__ import annotations
 
+import datetime
+import json
 import platform
+import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seconds", type=float, default=2.0, help="time for each case")
     group.addoption(
         "--no-compile", action="store_true", help="leave torch.compile out of the peers"
+    )
+    group.addoption(
+        "--table",
+        type=Path,
+        metavar="PATH",
+        help="write date, machine and all rows of this run to PATH, as bench/results/*.json",
     )
 
 
@@ -46,9 +60,15 @@ def threads(request: pytest.FixtureRequest):
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest):
     """Measure a Case, keep its row for the table, and hand pytest-benchmark our times."""
+    without_compile = request.config.getoption("--no-compile")
+    if not without_compile:
+        # Compilations are counted for each code object, which cases share: after eight of them torch
+        # would silently run the original.
+        torch.compiler.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
 
     def run(case: harness.Case) -> None:
-        if request.config.getoption("--no-compile"):
+        if without_compile:
             case.peers.pop("compile", None)
         row = harness.measure(case, request.config.getoption("--seconds"))
         ROWS.append(row)
@@ -58,7 +78,52 @@ def compare(benchmark: Any, request: pytest.FixtureRequest):
     return run
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Geometric mean, worst and best ratio and fraction of the ceiling, by topic and threads."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["topic"], row["threads"]), []).append(row)
+    return [
+        {
+            "topic": topic,
+            "threads": threads,
+            "cases": len(group),
+            "ratio": statistics.geometric_mean(row["ratio"] for row in group),
+            "worst": min(row["ratio"] for row in group),
+            "best": max(row["ratio"] for row in group),
+            "fraction": [min(r["fraction"] for r in group), max(r["fraction"] for r in group)],
+        }
+        for (topic, threads), group in sorted(groups.items())
+    ]
+
+
+def rounded(value: Any) -> Any:
+    """Four digits, all that a measurement has."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def write_table(path: Path, config: pytest.Config) -> None:
+    arguments = f"--seconds {config.getoption('--seconds')}"
+    arguments += " --no-compile" * config.getoption("--no-compile")
+    selected = f", -k '{config.getoption('keyword')}'" if config.getoption("keyword") else ""
+    table = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
+        "lmkern": lmkern.info(),
+        "note": "ratio: best peer's time / ours, median of interleaved rounds; "
+        f"made by `make bench ARGS='{arguments}'`{selected}",
+        "summary": summarise(ROWS),
+        "rows": ROWS,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rounded(table), indent=1) + "\n")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not ROWS:
         return
     out = terminalreporter.write_line
@@ -68,10 +133,21 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     out("ratio: the best peer's time / ours (above 1 we are faster), median of interleaved rounds")
     out("of ceiling: our rate / the FMA or copy rate measured beside the case")
     out("")
-    out(f"{'case':<46} thr {'ms':>9} {'ratio':>6}  {'best peer':<9} {'rate':>12} of ceiling")
+    out(f"{'case':<54} thr {'ms':>9} {'ratio':>6}  {'best peer':<9} {'rate':>12} of ceiling")
     for row in ROWS:
         unit = "GFLOP/s" if row["unit"] == "FLOP/s" else "GB/s"
         out(
-            f"{row['case']:<46} {row['threads']:>3} {row['milliseconds']:>9.3f} {row['ratio']:>6.2f}  "
+            f"{row['case']:<54} {row['threads']:>3} {row['milliseconds']:>9.3f} {row['ratio']:>6.2f}  "
             f"{row['best_peer']:<9} {row['rate'] / 1e9:>7.1f} {unit:<7} {row['fraction']:>6.0%}"
         )
+    out("")
+    out(f"{'topic':<32} thr cases  mean  worst   best  of ceiling")
+    for group in summarise(ROWS):
+        low, high = group["fraction"]
+        out(
+            f"{group['topic']:<32} {group['threads']:>3} {group['cases']:>5} {group['ratio']:>5.2f} "
+            f"{group['worst']:>6.2f} {group['best']:>6.2f}  {low:.0%} to {high:.0%}"
+        )
+    if path := config.getoption("--table"):
+        write_table(path, config)
+        out(f"written: {path}")

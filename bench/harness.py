@@ -10,9 +10,10 @@ These are the rules, because machines drift by a factor of two within minutes:
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,10 @@ Run = Callable[[], Any]
 
 @dataclass
 class Case:
-    """One row of the table. ``flops`` or ``bytes``: the work done, whichever bounds it."""
+    """One row of the table. ``flops`` or ``bytes``: the work done, whichever bounds it.
+
+    ``topic``: the group in the summary; without it, the part of the name before the sizes.
+    """
 
     name: str
     ours: Run
@@ -34,6 +38,10 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
+    topic: str = ""
+
+    def __post_init__(self) -> None:
+        self.topic = self.topic or re.split(r" [\w,]+=", self.name, maxsplit=1)[0]
 
 
 def fma_ceiling(threads: int) -> float:
@@ -79,6 +87,7 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     rate = (case.flops or case.bytes) / median
     return {
         "case": case.name,
+        "topic": case.topic,
         "threads": torch.get_num_threads(),
         "milliseconds": median * 1e3,
         "p20": statistics.quantiles(times["lmkern"], n=5)[0] * 1e3,
@@ -96,8 +105,44 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     }
 
 
-def assert_close(ours: Any, theirs: Any, tolerance: float) -> None:
+def infer(call: Callable[..., Any], inputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs of ``call`` without gradients."""
+    with torch.no_grad():
+        return list(call(*inputs))
+
+
+def train(
+    call: Callable[..., Any],
+    inputs: Iterable[torch.Tensor],
+    d_outputs: Iterable[torch.Tensor],
+    parameters: Iterable[torch.Tensor],
+) -> list[torch.Tensor]:
+    """One training step of ``call``: its outputs, then the gradients of inputs and parameters.
+
+    The weights change before each, as they do in training: nothing packed survives it.
+    """
+    parameters = list(parameters)
+    with torch.no_grad():
+        for p in parameters:
+            p.mul_(1.0)
+            p.grad = None
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = list(call(*leaves))
+    torch.autograd.backward(outputs, list(d_outputs))
+    return [*(y.detach() for y in outputs), *(leaf.grad for leaf in [*leaves, *parameters])]
+
+
+def assert_agree(ours: Run, peers: Mapping[str, Run], tolerance: float) -> None:
+    """What we compute against every peer, those that were compiled included."""
+    result = ours()
+    for name, peer in peers.items():
+        assert_close(result, peer(), tolerance, name)
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float, peer: str = "peer") -> None:
     """Relative to the largest element, tensor by tensor."""
-    for a, b in zip(ours, theirs, strict=True):
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         error = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)
-        assert error < tolerance, f"wrong result: relative error {error:.1e}"
+        assert error < tolerance, (
+            f"wrong result: tensor {i} against {peer}: relative error {error:.1e}"
+        )

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from lmkern.functional._layer import rnn_cell_name, run_layer
 from lmkern.ops.check import check_pair
+from lmkern.ops.recurrent_cpu import CELLS
+from lmkern.ops.recurrent_step import small_step
 
 
 def lstm_cell(
@@ -38,6 +40,10 @@ def lstm_cell(
         ValueError, TypeError: a shape, device or dtype that does not fit, before anything is computed.
     """
     h0, c0 = (None, None) if hx is None else check_pair("lstm_cell", hx)
+    if norm_ih is None is norm_hh and norm_cell_weight is None is peephole:
+        step = small_step(0, input, h0, c0, w_ih, w_hh, b_ih, b_hh)
+        if step is not None:
+            return step
     if not isinstance(input, Tensor) or input.dim() != 2:
         check_unbatched("lstm_cell", input, h0, c0)
         hx = None if h0 is None or c0 is None else (h0.unsqueeze(0), c0.unsqueeze(0))
@@ -82,6 +88,10 @@ def gru_cell(
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit, before anything is computed.
     """
+    if norm_ih is None is norm_hh:
+        step = small_step(1, input, hx, None, w_ih, w_hh, b_ih, b_hh)
+        if step is not None:
+            return step
     if not isinstance(input, Tensor) or input.dim() != 2:
         check_unbatched("gru_cell", input, hx)
         hx = None if hx is None else hx.unsqueeze(0)
@@ -130,6 +140,11 @@ def rnn_cell(
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit, before anything is computed.
     """
+    cell = rnn_cell_name("rnn_cell", activation)
+    if norm_ih is None is norm_hh:
+        step = small_step(CELLS.index(cell), input, hx, None, w_ih, w_hh, b_ih, b_hh)
+        if step is not None:
+            return step
     if not isinstance(input, Tensor) or input.dim() != 2:
         check_unbatched("rnn_cell", input, hx)
         hx = None if hx is None else hx.unsqueeze(0)
@@ -137,7 +152,6 @@ def rnn_cell(
             input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, activation=activation,
             norm_ih=norm_ih, norm_hh=norm_hh, eps=eps,
         ).squeeze(0)  # fmt: skip
-    cell = rnn_cell_name("rnn_cell", activation)
     return run_layer(
         "rnn_cell", cell, 1, input.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, hx, None,
         norm_ih=norm_ih, norm_hh=norm_hh, eps=eps,

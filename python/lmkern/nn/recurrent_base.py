@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter, init
 from torch.nn.utils.rnn import PackedSequence
 
+from lmkern.nn.stream import Streaming
+
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1, "RNN_SIGMOID": 1}
 
 # A parameter's name without layer and direction -> the argument of lmkern.functional that takes it.
@@ -33,7 +35,7 @@ _ARGUMENTS = {
 _CONSTANTS = {"norm_ih": 1.0, "norm_hh": 1.0, "norm_cell_weight": 1.0, "norm_cell_bias": 0.0}
 
 
-class RNNBase(Module):
+class RNNBase(Streaming, Module):
     """Base of RNN, LSTM and GRU; their documentation has the arguments.
 
     ``mode`` is "LSTM", "GRU", "RNN_TANH", "RNN_RELU" or "RNN_SIGMOID".

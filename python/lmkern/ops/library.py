@@ -72,6 +72,19 @@ def use_kernel(op: str, tensor: Tensor, *, transforms: bool = False) -> bool:
     return forward_ad._current_level < 0
 
 
+def is_plain_eager() -> bool:
+    """Whether nothing stands between a caller and a kernel: no compiler, transform, mode or autocast."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+        or torch.get_num_threads() < 1  # asked for its effect, see use_kernel
+    )
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for a gradient of any of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

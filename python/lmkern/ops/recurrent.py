@@ -68,7 +68,7 @@ class RecurrenceFunction(torch.autograd.Function):
         inputs, y, kept = saved[:18], saved[18], saved[19:]
         options = ctx.options
         if torch.is_grad_enabled():
-            return (*_reference_backward(inputs, options, ctx.want_cells, grad_outputs), None, None)
+            return (*reference_gradient(inputs, options, ctx.want_cells, grad_outputs), None, None)
         d_y, d_h_n, *rest = grad_outputs
         d_c_n = rest.pop(0) if options[0] == 0 else None
         d_c = rest.pop(0) if ctx.want_cells else None
@@ -91,9 +91,10 @@ def _run_reference(options: Any, want_cells: bool, *inputs: Any) -> tuple[Tensor
     return tuple(t for t in (y, h_n, c_n, c) if t is not None)
 
 
-def _reference_backward(
+def reference_gradient(
     inputs: tuple[Any, ...], options: Any, want_cells: bool, grad_outputs: tuple[Any, ...]
 ) -> tuple[Tensor | None, ...]:
+    """The gradient as a differentiable function: the double backward."""
     return reference_backward(
         functools.partial(_run_reference, options, want_cells), inputs, grad_outputs
     )
