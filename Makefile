@@ -12,8 +12,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp')
-# On x86 also the 16-lane code for hardware without AVX-512 (cmake/Isa.cmake).
-DEV_ISAS := $(if $(filter x86_64,$(shell uname -m)),baseline;avx2;avx2wide;avx512;amx)
+# On x86 without AVX-512 also its 16-lane code, compiled for AVX2 (cmake/Isa.cmake).
+WIDE     := $(if $(shell grep -m1 -o avx512f /proc/cpuinfo 2>/dev/null),,avx2wide;)
+DEV_ISAS := $(if $(filter x86_64,$(shell uname -m)),baseline;avx2;$(WIDE)avx512;amx)
 BUILD_FILES := $(CXX_FILES) CMakeLists.txt $(wildcard cmake/*.cmake) pyproject.toml python/lmkern/_version.py
 
 .PHONY: demo test test-long test-asan bench lint fmt wheel clean build check-tools

@@ -22,6 +22,15 @@ class Scratch {
     return reinterpret_cast<T*>(at);
   }
 
+  // As place, in memory of the caller's (64-byte aligned); returns the bytes that it must have.
+  template <class F>
+  static LMKERN_INLINE std::size_t place_at(void* base, const F& layout) {
+    Scratch scratch;
+    scratch.base_ = reinterpret_cast<std::uintptr_t>(base);
+    layout(scratch);
+    return scratch.used_;
+  }
+
   template <class F>
   static LMKERN_INLINE void place(const F& layout) {
     Scratch scratch;

@@ -21,6 +21,7 @@ struct Kernels {
   void (*recurrent_forward)(const RecurrentForwardArgs&);
   void (*recurrent_backward)(const RecurrentBackwardArgs&);
   void (*recurrent_step)(const RecurrentStepArgs&);
+  void (*recurrent_step_backward)(const RecurrentStepBackwardArgs&);
   bool (*matmul)(const MatmulArgs&);
   void (*vec_math)(const VecMathArgs&);
   double (*peak_flops)(int threads, std::int64_t iterations);  // float32 FLOP per second

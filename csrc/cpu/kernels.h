@@ -11,6 +11,7 @@ void embedding_backward(const EmbeddingBackwardArgs& args);
 void recurrent_forward(const RecurrentForwardArgs& args);
 void recurrent_backward(const RecurrentBackwardArgs& args);
 void recurrent_step(const RecurrentStepArgs& args);
+void recurrent_step_backward(const RecurrentStepBackwardArgs& args);
 bool matmul(const MatmulArgs& args);
 void vec_math(const VecMathArgs& args);
 double peak_flops(int threads, std::int64_t iterations);

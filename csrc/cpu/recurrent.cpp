@@ -13,6 +13,8 @@
 //   gates       product with W_hh; without norm, the cell follows panel by panel
 //   rows        under norm: statistics over a whole row, then the cell
 //   projection  product with W_hr
+#include <stdexcept>
+
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/recurrent.h"
@@ -42,7 +44,8 @@ class ForwardPass {
       projects ? (width + kProjectionVecs * kLane - 1) / (kProjectionVecs * kLane) : 0;
   Steps steps{o, a.y.shape[0]};
   // A single step's product comes from the caller, and a first step from zeros has none.
-  const bool multiplies = !a.first_hh.defined() && (steps.count > 1 || a.h0.defined());
+  const bool multiplies =
+      !a.first_hh.defined() && (steps.count > 1 || a.h0.defined() || a.packed.defined());
   const bool tiles = multiplies && use_tiles<S>(steps.batch);
   const RecurrentPlan plan{
       steps, panels, panels * width * kColumns * kLane * (tiles ? 6 : std::int64_t{sizeof(W)}),
@@ -65,10 +68,18 @@ class ForwardPass {
 
  public:
   explicit ForwardPass(const RecurrentForwardArgs& args) : a(args) {
-    Scratch::place([this](Scratch& scratch) {
+    const auto weights = [this](Scratch& scratch) {
+      recurrent.place_weights(scratch, width, multiplies ? panels : 0, tiles);
+      projection.place_weights(scratch, hidden, projection_panels, tiles);
+    };
+    if (a.packed.defined() &&
+        Scratch::place_at(a.packed.data, weights) > static_cast<std::size_t>(a.packed.shape[0]))
+      throw std::invalid_argument("recurrent_forward: packed is too small");
+    Scratch::place([&](Scratch& scratch) {
+      if (!a.packed.defined()) weights(scratch);
       steps.place(scratch);
-      recurrent.place(scratch, steps.batch, width, multiplies ? panels : 0, tiles);
-      projection.place(scratch, steps.batch, hidden, projection_panels, tiles);
+      recurrent.place_operands(scratch, steps.batch);
+      projection.place_operands(scratch, projects ? steps.batch : 0);
       h = scratch.take<T>(steps.batch * padded_width);
       c = scratch.take<T>(Cell::kHasC ? steps.batch * padded : 0);
       hh = scratch.take<T>(norm ? steps.batch * kGates * hidden : 0);
@@ -89,7 +100,7 @@ class ForwardPass {
         if (!plan.by_rows) barrier.wait(threads);
       };
       const TileRegisters registers(tiles);
-      pack(thread, threads);
+      if (!a.packed_ready) pack(thread, threads);
       const Range mine = plan.by_rows ? rows : thread_range(steps.batch, 1, thread, threads);
       load_state(mine);
       barrier.wait(threads);
@@ -348,7 +359,13 @@ void recurrent_forward(const RecurrentForwardArgs& a) {
   dispatch_float_types(a.y.dtype, [&](auto storage) {
     using S = typename decltype(storage)::type;
     dispatch_cell<Accumulate<S>>(a.options.cell, [&](auto cell) {
-      ForwardPass<S, typename decltype(cell)::type, Accumulate<S>>(a).run();
+      using Cell = typename decltype(cell)::type;
+      // For few rows a step is bound by reading the weights: half as many bytes, twice as fast.
+      constexpr std::int64_t kFewRows = 4;
+      if constexpr (sizeof(S) < sizeof(Accumulate<S>)) {
+        if (a.options.batch <= kFewRows) return ForwardPass<S, Cell, S>(a).run();
+      }
+      ForwardPass<S, Cell, Accumulate<S>>(a).run();
     });
   });
 }

@@ -64,8 +64,10 @@ class BackwardPass {
   explicit BackwardPass(const RecurrentBackwardArgs& args) : a(args) {
     Scratch::place([this](Scratch& scratch) {
       steps.place(scratch);
-      recurrent.place(scratch, steps.batch, depth, multiplies ? panels : 0, tiles);
-      projection.place(scratch, steps.batch, width, projection_panels, tiles);
+      recurrent.place_weights(scratch, depth, multiplies ? panels : 0, tiles);
+      recurrent.place_operands(scratch, steps.batch);
+      projection.place_weights(scratch, width, projection_panels, tiles);
+      projection.place_operands(scratch, projects ? steps.batch : 0);
       d_h = scratch.take<T>(steps.batch * padded_width);
       d_c = scratch.take<T>(Cell::kHasC ? steps.batch * padded : 0);
       d_out = scratch.take<T>(norm ? steps.batch * padded : 0);

@@ -72,26 +72,45 @@ struct StepPass {
   static constexpr int kRows = 2;
 
   const RecurrentStepArgs& a;
-  const std::int64_t batch = a.x.shape[0], features = a.x.shape[1], hidden = a.w_hh.shape[1];
+  const std::int64_t batch = a.h_next.shape[0], hidden = a.h_next.shape[1];
+  const std::int64_t features = a.x.defined() ? a.x.shape[1] : 0;
 
+  // from_x and from_h of M rows and n units from u on.
   template <int M>
-  void units(std::int64_t b, std::int64_t u) const {
-    const std::int64_t n = hidden - u < kLane ? hidden - u : kLane;
+  LMKERN_INLINE void products(std::int64_t b, std::int64_t u, std::int64_t n,
+                              V (&from_x)[kGates][M], V (&from_h)[kGates][M]) const {
+    if (a.from_x.defined()) {
+      for (int g = 0; g < kGates; ++g)
+        for (int m = 0; m < M; ++m) {
+          const std::int64_t at = ((b + m) * kGates + g) * hidden + u;
+          from_x[g][m] = load_n(a.from_x.ptr<const S>() + at, n);
+          from_h[g][m] = load_optional<S>(a.from_h, at, n);
+        }
+      return;
+    }
     const S *x[M], *h[M];
     for (int m = 0; m < M; ++m) {
       x[m] = a.x.ptr<const S>() + (b + m) * features;
       h[m] = a.h.defined() ? a.h.ptr<const S>() + (b + m) * hidden : nullptr;
     }
-    V from_x[kGates][M], from_h[kGates][M] = {};
     for (int g = 0; g < kGates; ++g) {
       const std::int64_t row = g * hidden + u;
+      for (int m = 0; m < M; ++m) from_h[g][m] = V{};
       dot_rows<M>(features, x, a.w_ih.ptr<const S>() + row * features, features, n, from_x[g]);
-      if (a.h.defined()) dot_rows<M>(hidden, h, a.w_hh.ptr<const S>() + row * hidden, hidden, n, from_h[g]);
+      if (a.h.defined())
+        dot_rows<M>(hidden, h, a.w_hh.ptr<const S>() + row * hidden, hidden, n, from_h[g]);
       for (int m = 0; m < M; ++m) {
         from_x[g][m] += load_optional<S>(a.b_ih, row, n);
         from_h[g][m] += load_optional<S>(a.b_hh, row, n);
       }
     }
+  }
+
+  template <int M>
+  void units(std::int64_t b, std::int64_t u) const {
+    const std::int64_t n = hidden - u < kLane ? hidden - u : kLane;
+    V from_x[kGates][M], from_h[kGates][M];
+    products<M>(b, u, n, from_x, from_h);
     for (int m = 0; m < M; ++m) {
       const std::int64_t at = (b + m) * hidden + u;
       V gates[kGates], product[kGates], c{}, h_prev{};
@@ -109,7 +128,8 @@ struct StepPass {
       if (!a.gates.defined()) continue;
       for (int g = 0; g < kGates; ++g)
         store_n(a.gates.ptr<S>() + (b + m) * kGates * hidden + g * hidden + u, gates[g], n);
-      if constexpr (Cell::kHasC) store_n(a.cells.ptr<T>() + at, c, n);
+      if constexpr (Cell::kHasC)
+        if (a.cells.defined()) store_n(a.cells.ptr<T>() + at, c, n);
       if constexpr (Cell::kSavesHidden) store_n(a.hidden.ptr<T>() + at, product[kGates - 1], n);
     }
   }
@@ -117,7 +137,8 @@ struct StepPass {
   void run() const {
     const std::int64_t vectors = (hidden + kLane - 1) / kLane;
     constexpr std::int64_t kForkBytes = 300'000;  // what a core reads from its cache in about 4 us
-    const std::int64_t bytes = kGates * hidden * (features + hidden) * std::int64_t{sizeof(S)};
+    const std::int64_t bytes =
+        kGates * hidden * (a.from_x.defined() ? 20 : features + hidden) * std::int64_t{sizeof(S)};
     int threads = bytes * batch < kForkBytes ? 1 : max_threads();
     if (threads > vectors) threads = static_cast<int>(vectors);
     parallel(threads, [&](int thread, int count) {
@@ -131,6 +152,44 @@ struct StepPass {
   }
 };
 
+template <class S, class Cell>
+void step_backward(const RecurrentStepBackwardArgs& a) {
+  using T = Accumulate<S>;
+  constexpr int kGates = Cell::kGates;
+  constexpr std::int64_t kForkElements = 20'000;
+  const std::int64_t batch = a.gates.shape[0], hidden = a.gates.shape[1] / kGates;
+  int threads = batch * hidden < kForkElements ? 1 : max_threads();
+  if (threads > batch) threads = static_cast<int>(batch);
+  parallel(threads, [&](int thread, int count) {
+    const Range own = thread_range(batch, 1, thread, count);
+    for (std::int64_t b = own.begin; b < own.end; ++b)
+      for (std::int64_t u = 0; u < hidden; u += kLanes<T>) {
+        const std::int64_t n = hidden - u < kLanes<T> ? hidden - u : kLanes<T>;
+        const std::int64_t at = b * hidden + u, row = b * kGates * hidden + u;
+        Vec<T> gates[kGates], d_act[kGates], d_hh[kGates], d_c_read{}, d_h_prev, c_now{}, saved{};
+        for (int g = 0; g < kGates; ++g)
+          gates[g] = load_n(a.gates.ptr<const S>() + row + g * hidden, n);
+        const Vec<T> h_prev = Cell::kReadsH ? load_optional<S>(a.h, at, n) : Vec<T>{};
+        const Vec<T> c_prev = Cell::kHasC ? load_optional<S>(a.c, at, n) : Vec<T>{};
+        if constexpr (Cell::kHasC) c_now = gates[1] * c_prev + gates[0] * gates[2];
+        if constexpr (Cell::kSavesHidden) saved = load_n(a.hidden.ptr<const T>() + at, n);
+        Cell::output_backward(gates, c_now, h_prev, load_optional<S>(a.d_h, at, n), d_act, d_c_read,
+                              d_h_prev);
+        Vec<T> d_c = d_c_read;
+        if constexpr (Cell::kHasC) d_c += load_optional<S>(a.d_c, at, n);
+        Cell::update_backward(gates, saved, c_prev, static_cast<const Vec<T>*>(nullptr), d_act, d_hh,
+                              d_c);
+        for (int g = 0; g < kGates; ++g) {
+          store_n(a.d_gates.ptr<S>() + row + g * hidden, d_act[g], n);
+          if constexpr (Cell::kSavesHidden)
+            store_n(a.d_hh.ptr<S>() + row + g * hidden, d_hh[g], n);
+        }
+        if constexpr (Cell::kReadsH) store_n(a.d_h_prev.ptr<S>() + at, d_h_prev, n);
+        if constexpr (Cell::kHasC) store_n(a.d_c_prev.ptr<S>() + at, d_c, n);
+      }
+  });
+}
+
 }  // namespace
 
 void recurrent_step(const RecurrentStepArgs& a) {
@@ -139,6 +198,14 @@ void recurrent_step(const RecurrentStepArgs& a) {
     dispatch_cell<Accumulate<S>>(a.cell, [&](auto cell) {
       StepPass<S, typename decltype(cell)::type>{a}.run();
     });
+  });
+}
+
+void recurrent_step_backward(const RecurrentStepBackwardArgs& a) {
+  dispatch_float_types(a.gates.dtype, [&](auto storage) {
+    using S = typename decltype(storage)::type;
+    dispatch_cell<Accumulate<S>>(
+        a.cell, [&](auto cell) { step_backward<S, typename decltype(cell)::type>(a); });
   });
 }
 

@@ -20,12 +20,13 @@ inline constexpr bool kHasTiles = true;
 template <int N>
 class TileProduct {
  public:
-  LMKERN_INLINE void place(Scratch& scratch, std::int64_t rows, std::int64_t depth,
-                           std::int64_t panels) {
+  LMKERN_INLINE void place_weights(Scratch& scratch, std::int64_t depth, std::int64_t panels) {
     depth_ = depth;
-    stride_ = amx::plane_stride(depth);
-    plane_ = (rows + amx::kTile - 1) / amx::kTile * amx::kTile * stride_;
     panels_ = scratch.take<amx::Half>(panels * panel_size());
+  }
+  LMKERN_INLINE void place_operands(Scratch& scratch, std::int64_t rows) {
+    stride_ = amx::plane_stride(depth_);
+    plane_ = (rows + amx::kTile - 1) / amx::kTile * amx::kTile * stride_;
     for (auto*& planes : planes_) planes = scratch.take<amx::Half>(amx::kPlanes * plane_);
   }
   LMKERN_INLINE void pack_rows(std::int64_t panel, const float* const (&rows)[N],
@@ -105,11 +106,12 @@ class VectorProduct {
  public:
   static constexpr std::int64_t kColumns = N * kLanes<T>;
 
-  LMKERN_INLINE void place(Scratch& scratch, std::int64_t rows, std::int64_t depth,
-                           std::int64_t panels) {
+  LMKERN_INLINE void place_weights(Scratch& scratch, std::int64_t depth, std::int64_t panels) {
     depth_ = depth;
-    stride_ = (depth + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     panels_ = scratch.take<W>(panels * depth * kColumns);
+  }
+  LMKERN_INLINE void place_operands(Scratch& scratch, std::int64_t rows) {
+    stride_ = (depth_ + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     for (T*& operand : operands_) operand = scratch.take<T>(rows * stride_);
   }
   LMKERN_INLINE void pack_rows(std::int64_t panel, const S* const (&rows)[N],
@@ -164,11 +166,14 @@ class StepProduct {
  public:
   static constexpr std::int64_t kColumns = N * kLanes<T>;  // of a panel
 
-  LMKERN_INLINE void place(Scratch& scratch, std::int64_t rows, std::int64_t depth,
-                           std::int64_t panels, bool tiles) {
+  LMKERN_INLINE void place_weights(Scratch& scratch, std::int64_t depth, std::int64_t panels,
+                                   bool tiles) {
     tiles_ = tiles;
     bias_ = scratch.take<T>(panels * kColumns);
-    LMKERN_FORM(place(scratch, rows, depth, panels));
+    LMKERN_FORM(place_weights(scratch, depth, panels));
+  }
+  LMKERN_INLINE void place_operands(Scratch& scratch, std::int64_t rows) {
+    LMKERN_FORM(place_operands(scratch, rows));
   }
   // A panel from a matrix whose rows are columns here: `counts[j]` rows from rows[j] on make vector j.
   LMKERN_INLINE void pack_rows(std::int64_t panel, const S* const (&rows)[N],

@@ -16,6 +16,7 @@ const Kernels table = {
     .recurrent_forward = recurrent_forward,
     .recurrent_backward = recurrent_backward,
     .recurrent_step = recurrent_step,
+    .recurrent_step_backward = recurrent_step_backward,
     .matmul = matmul,
     .vec_math = vec_math,
     .peak_flops = peak_flops,

@@ -91,6 +91,7 @@ void recurrent_forward(const RecurrentForwardArgs& a) {
   check.optional("hidden", a.hidden, accumulate, {N, H}, "[N, H]");
   check.optional("hh", a.hh, accumulate, {N, G * H}, "[N, G*H]");
   check.optional("unprojected", a.unprojected, dtype, {N, H}, "[N, H]");
+  if (a.packed.defined()) check.contiguous("packed", a.packed);
   if (a.first_hh.defined() && N != B) check.fail("first_hh must be absent but for a single step");
   cpu::kernels().recurrent_forward(a);
 }
@@ -127,29 +128,56 @@ void recurrent_backward(const RecurrentBackwardArgs& a) {
 
 void recurrent_step(const RecurrentStepArgs& a) {
   const Check check("recurrent_step");
-  check.floating("x", a.x);
-  check.dims("x", a.x, 2, "[B, I]");
-  check.dims("w_hh", a.w_hh, 2, "[G*H, H]");
-  const DType dtype = a.x.dtype;
+  const bool given = a.from_x.defined(), lstm = a.cell == RecurrentCell::kLstm;
+  const TensorView& first = given ? a.from_x : a.x;
+  check.floating(given ? "from_x" : "x", first);
+  check.dims(given ? "from_x" : "x", first, 2, given ? "[B, G*H]" : "[B, I]");
+  check.dims("h_next", a.h_next, 2, "[B, H]");
+  const DType dtype = first.dtype;
   const DType accumulate = dtype == DType::kFloat64 ? dtype : DType::kFloat32;
-  const std::int64_t B = a.x.shape[0], I = a.x.shape[1], H = a.w_hh.shape[1];
-  const std::int64_t GH = gates_of(a.cell) * H;
-  const bool lstm = a.cell == RecurrentCell::kLstm;
-  check.tensor("x", a.x, dtype, {B, I}, "[B, I]");
-  check.tensor("w_ih", a.w_ih, dtype, {GH, I}, "[G*H, I]");
-  check.tensor("w_hh", a.w_hh, dtype, {GH, H}, "[G*H, H]");
-  check.optional("b_ih", a.b_ih, dtype, {GH}, "[G*H]");
-  check.optional("b_hh", a.b_hh, dtype, {GH}, "[G*H]");
+  const std::int64_t B = first.shape[0], H = a.h_next.shape[1], GH = gates_of(a.cell) * H;
+  if (given) {
+    check.tensor("from_x", a.from_x, dtype, {B, GH}, "[B, G*H]");
+    check.optional("from_h", a.from_h, dtype, {B, GH}, "[B, G*H]");
+  } else {
+    const std::int64_t I = a.x.shape[1];
+    check.tensor("x", a.x, dtype, {B, I}, "[B, I]");
+    check.tensor("w_ih", a.w_ih, dtype, {GH, I}, "[G*H, I]");
+    check.tensor("w_hh", a.w_hh, dtype, {GH, H}, "[G*H, H]");
+    check.optional("b_ih", a.b_ih, dtype, {GH}, "[G*H]");
+    check.optional("b_hh", a.b_hh, dtype, {GH}, "[G*H]");
+  }
   check.optional("h", a.h, dtype, {B, H}, "[B, H]");
   check.optional("c", a.c, dtype, {B, H}, "[B, H]");
   check.tensor("h_next", a.h_next, dtype, {B, H}, "[B, H]");
   check.optional("y", a.y, dtype, {B, H}, "[B, H]");
   if (lstm) check.tensor("c_next", a.c_next, dtype, {B, H}, "[B, H]");
   check.optional("gates", a.gates, dtype, {B, GH}, "[B, G*H]");
-  if (a.gates.defined() && lstm) check.tensor("cells", a.cells, accumulate, {B, H}, "[B, H]");
-  if (a.gates.defined() && a.cell == RecurrentCell::kGru)
-    check.tensor("hidden", a.hidden, accumulate, {B, H}, "[B, H]");
+  check.optional("cells", a.cells, accumulate, {B, H}, "[B, H]");
+  check.optional("hidden", a.hidden, accumulate, {B, H}, "[B, H]");
   cpu::kernels().recurrent_step(a);
+}
+
+void recurrent_step_backward(const RecurrentStepBackwardArgs& a) {
+  const Check check("recurrent_step_backward");
+  check.floating("gates", a.gates);
+  check.dims("gates", a.gates, 2, "[B, G*H]");
+  const DType dtype = a.gates.dtype;
+  const std::int64_t B = a.gates.shape[0], GH = a.gates.shape[1], H = GH / gates_of(a.cell);
+  check.tensor("gates", a.gates, dtype, {B, gates_of(a.cell) * H}, "[B, G*H]");
+  check.optional("d_h", a.d_h, dtype, {B, H}, "[B, H]");
+  check.optional("d_c", a.d_c, dtype, {B, H}, "[B, H]");
+  check.optional("h", a.h, dtype, {B, H}, "[B, H]");
+  check.optional("c", a.c, dtype, {B, H}, "[B, H]");
+  check.tensor("d_gates", a.d_gates, dtype, {B, GH}, "[B, G*H]");
+  if (a.cell == RecurrentCell::kLstm) check.tensor("d_c_prev", a.d_c_prev, dtype, {B, H}, "[B, H]");
+  if (a.cell == RecurrentCell::kGru) {
+    check.tensor("hidden", a.hidden, dtype == DType::kFloat64 ? dtype : DType::kFloat32, {B, H},
+                 "[B, H]");
+    check.tensor("d_hh", a.d_hh, dtype, {B, GH}, "[B, G*H]");
+    check.tensor("d_h_prev", a.d_h_prev, dtype, {B, H}, "[B, H]");
+  }
+  cpu::kernels().recurrent_step_backward(a);
 }
 
 }  // namespace lmkern

@@ -74,6 +74,9 @@ struct RecurrentForwardArgs {
   TensorView hh;      // A [N, G*H] out: h W_hh^T before norm; absent: not wanted
   TensorView unprojected;  // [N, H] out: o * tanh(c); absent: not wanted
   bool save;               // write activations back to gates
+  TensorView packed;       // uint8 [enough]: packed weights, for several calls with the same ones;
+                           // absent: packed for this call
+  bool packed_ready;       // an earlier call with the same weights, batch and threads has packed
 };
 
 struct RecurrentBackwardArgs {
@@ -100,9 +103,13 @@ struct RecurrentBackwardArgs {
   bool recompute;      // gates are computed again from x' and hh
 };
 
-// One step without options, weights as they are: for small batches, where nothing pays for packing.
+// One step without options, and its gradient but for the products with the weights.
 struct RecurrentStepArgs {
   RecurrentCell cell;
+  // Either the products, [B, G*H] with biases, or what they are made of: for small batches, where
+  // nothing pays for packing, weights are read as they are.
+  TensorView from_x;  // x W_ih^T + b_ih
+  TensorView from_h;  // h W_hh^T + b_hh
   TensorView x;       // [B, I]
   TensorView w_ih;    // [G*H, I]
   TensorView w_hh;    // [G*H, H]
@@ -114,13 +121,28 @@ struct RecurrentStepArgs {
   TensorView y;       // [B, H] out: h_next once more; absent: not wanted
   TensorView c_next;  // [B, H] out (LSTM)
   TensorView gates;   // [B, G*H] out: activations; absent: nothing is saved
-  TensorView cells;   // A [B, H] out (LSTM)
-  TensorView hidden;  // A [B, H] out (GRU)
+  TensorView cells;   // A [B, H] out (LSTM), absent: not wanted
+  TensorView hidden;  // A [B, H] out (GRU), absent: not wanted
+};
+
+struct RecurrentStepBackwardArgs {
+  RecurrentCell cell;
+  TensorView d_h;      // [B, H], absent: zeros
+  TensorView d_c;      // [B, H], absent: zeros
+  TensorView gates;    // [B, G*H] activations
+  TensorView hidden;   // A [B, H] (GRU)
+  TensorView h;        // [B, H], absent: zeros
+  TensorView c;        // [B, H], absent: zeros
+  TensorView d_gates;  // [B, G*H] out: dL/d(from_x)
+  TensorView d_hh;     // [B, G*H] out: dL/d(from_h), where it differs (GRU)
+  TensorView d_h_prev; // [B, H] out: the part of dL/dh that bypasses W_hh (GRU)
+  TensorView d_c_prev; // [B, H] out (LSTM)
 };
 
 void recurrent_forward(const RecurrentForwardArgs& args);
 void recurrent_backward(const RecurrentBackwardArgs& args);
 void recurrent_step(const RecurrentStepArgs& args);
+void recurrent_step_backward(const RecurrentStepBackwardArgs& args);
 
 int gates_of(RecurrentCell cell);
 

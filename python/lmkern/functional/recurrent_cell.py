@@ -7,7 +7,7 @@ from torch import Tensor
 from lmkern.functional._layer import rnn_cell_name, run_layer
 from lmkern.ops.check import check_pair
 from lmkern.ops.recurrent_cpu import CELLS
-from lmkern.ops.recurrent_step import small_step
+from lmkern.ops.recurrent_step import plain_step
 
 
 def lstm_cell(
@@ -41,7 +41,7 @@ def lstm_cell(
     """
     h0, c0 = (None, None) if hx is None else check_pair("lstm_cell", hx)
     if norm_ih is None is norm_hh and norm_cell_weight is None is peephole:
-        step = small_step(0, input, h0, c0, w_ih, w_hh, b_ih, b_hh)
+        step = plain_step(0, input, h0, c0, w_ih, w_hh, b_ih, b_hh)
         if step is not None:
             return step
     if not isinstance(input, Tensor) or input.dim() != 2:
@@ -89,7 +89,7 @@ def gru_cell(
         ValueError, TypeError: a shape, device or dtype that does not fit, before anything is computed.
     """
     if norm_ih is None is norm_hh:
-        step = small_step(1, input, hx, None, w_ih, w_hh, b_ih, b_hh)
+        step = plain_step(1, input, hx, None, w_ih, w_hh, b_ih, b_hh)
         if step is not None:
             return step
     if not isinstance(input, Tensor) or input.dim() != 2:
@@ -142,7 +142,7 @@ def rnn_cell(
     """
     cell = rnn_cell_name("rnn_cell", activation)
     if norm_ih is None is norm_hh:
-        step = small_step(CELLS.index(cell), input, hx, None, w_ih, w_hh, b_ih, b_hh)
+        step = plain_step(CELLS.index(cell), input, hx, None, w_ih, w_hh, b_ih, b_hh)
         if step is not None:
             return step
     if not isinstance(input, Tensor) or input.dim() != 2:

@@ -110,7 +110,7 @@ class StreamState:
 
     def _prepare(self, module: RNNBase) -> list[list[tuple[Any, ...]]]:
         """The kernel's arguments after x, for either parity and each layer."""
-        cell = CELLS.index(module.mode.lower())
+        self._cell = CELLS.index(module.mode.lower())
         calls: list[list[tuple[Any, ...]]] = []
         for parity in range(2):
             now, following = self._buffers[parity], self._buffers[1 - parity]
@@ -119,7 +119,7 @@ class StreamState:
                 w = [t.detach().contiguous() for t in group] + [None] * (4 - len(group))
                 c = self.c[n] if self.c else None
                 layers.append(
-                    (cell, *w, now[n], c, following[n], None, c, None, None, None)
+                    (*w, now[n], c, following[n], None, c, None, None, None)
                 )
             calls.append(layers)
         return calls
@@ -129,8 +129,8 @@ class StreamState:
             return self._general_step(module, x)
         torch.get_num_threads()  # makes torch set the thread count in a new Python thread
         following = self._buffers[1 - self._parity]
-        for n, (cell, *arguments) in enumerate(self._calls[self._parity]):
-            _C.recurrent_step(cell, x, *arguments)
+        for n, arguments in enumerate(self._calls[self._parity]):
+            _C.recurrent_step(self._cell, None, None, x, *arguments)
             x = following[n]
         self._parity = 1 - self._parity
         return x

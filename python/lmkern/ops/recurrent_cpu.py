@@ -132,6 +132,9 @@ def _recurrent_operand(i: Inputs, rows: Rows, y: Tensor, reverse: bool) -> Tenso
     return h
 
 
+_LARGE = 1 << 20  # elements from which huge pages are worth asking for
+_CHUNK_BYTES = 1 << 20  # of x' in a chunk: half of a core's cache
+
 # Up to here a step reads its weights as they are, at the speed of the cache; beyond, a product library
 # or a packed panel reads them once for many rows.
 SMALL_BATCH = 4
@@ -166,7 +169,7 @@ def step(
 ) -> None:
     """One step of a small batch, straight from the weights."""
     _C.recurrent_step(
-        cell, x.contiguous(), w_ih.contiguous(), w_hh.contiguous(), _dense(b_ih), _dense(b_hh),
+        cell, None, None, x.contiguous(), w_ih.contiguous(), w_hh.contiguous(), _dense(b_ih), _dense(b_hh),
         _dense(h), _dense(c), h_next, y, c_next if cell == 0 else None,
         saved.gates if saved is not None else None,
         saved.cells if saved is not None and cell == 0 else None,
@@ -192,26 +195,34 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     rows = rows_of(i.x, i.lengths, i.batch_sizes, _batch(i))
     n = rows.count
     wide, hidden = i.w_hh.shape[0], i.w_hh.shape[0] // GATES[o.cell]
-    gates = saved.gates[:n] if saved.gates.numel() else i.x.new_empty(n, wide)
     packed_y = rows.fresh(y)
     cells = saved.cells[:n] if saved.cells.numel() else None
     if cells is None and want_cells:
         cells = i.x.new_empty(n, hidden, dtype=accumulate_dtype(i.x.dtype))
-    for fresh in (gates, packed_y, *kept):
-        _C.prefer_huge_pages(fresh)
-    first_hh = None
-    h0 = rows.sort(i.h0)
-    with plain_products():
-        _project(i, rows.pack(i.x), gates)
-        if h0 is not None and rows.single:  # a single product is not worth packing w_hh for
-            operand = _recurrent_operand(i, rows, packed_y, o.reverse)
-            first_hh = matmul(operand, i.w_hh, transpose_b=True)
+    for fresh in (packed_y, *kept):
+        if fresh.numel() > _LARGE:
+            _C.prefer_huge_pages(fresh)
     packed_h, packed_c = rows.fresh_state(h_n), rows.fresh_state(c_n)
-    _C.recurrent_forward(
-        *_kernel_options(i, o, rows), gates, h0, rows.sort(i.c0), first_hh, packed_y, packed_h,
-        packed_c if o.cell == 0 else None, cells, _rows(saved.hidden, n), _rows(saved.hh, n),
-        _rows(saved.unprojected, n), saved.gates.numel() > 0,
-    )  # fmt: skip
+    h0, c0 = rows.sort(i.h0), rows.sort(i.c0)
+    options = _kernel_options(i, o, rows)
+    chunk = _steps_of_a_chunk(i, o, rows, save)
+    with plain_products():
+        if chunk:
+            _forward_in_chunks(i, o, options, rows, chunk, h0, c0, packed_y, packed_h, packed_c, cells)
+        else:
+            gates = saved.gates[:n] if saved.gates.numel() else i.x.new_empty(n, wide)
+            if gates.numel() > _LARGE:
+                _C.prefer_huge_pages(gates)
+            _project(i, rows.pack(i.x), gates)
+            first_hh = None
+            if h0 is not None and rows.single:  # a single product is not worth packing w_hh for
+                operand = _recurrent_operand(i, rows, packed_y, o.reverse)
+                first_hh = matmul(operand, i.w_hh, transpose_b=True)
+            _C.recurrent_forward(
+                *options, gates, h0, c0, first_hh, packed_y, packed_h,
+                packed_c if o.cell == 0 else None, cells, _rows(saved.hidden, n),
+                _rows(saved.hh, n), _rows(saved.unprojected, n), saved.gates.numel() > 0, None, False,
+            )  # fmt: skip
     rows.unpack(packed_y, y)
     rows.unsort(packed_h, h_n)
     if o.cell == 0:
@@ -219,6 +230,54 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     if want_cells and cells is not None:
         rows.unpack(cells, cells_out)
     return y, h_n, c_n, cells_out, *kept
+
+
+def _steps_of_a_chunk(i: Inputs, o: Options, rows: Rows, save: bool) -> int:
+    """How many steps at a time inference takes; 0 for all.
+
+    x' of a long sequence is too large for the cache, and written and read once. In chunks it never
+    leaves it. The state passes from chunk to chunk in the storage type, so narrow ones are not cut.
+    """
+    plain = i.batch_sizes is None and i.lengths is None and all(t is None for t in i[7:17])
+    if save or not plain or o.zoneout_h_rate or o.zoneout_c_rate or i.x.dtype.itemsize < 4:
+        return 0
+    row_bytes = i.w_hh.shape[0] * i.x.dtype.itemsize
+    steps = max(1, _CHUNK_BYTES // max(1, rows.batch * row_bytes))
+    return steps if 0 < steps * 2 <= i.x.shape[0] and steps * rows.batch >= 96 else 0
+
+
+def _forward_in_chunks(
+    i: Inputs,
+    o: Options,
+    options: tuple[Any, ...],
+    rows: Rows,
+    chunk: int,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    y: Tensor,
+    h: Tensor,
+    c: Tensor,
+    cells: Tensor | None,
+) -> None:
+    """Inference, a few steps at a time, over one buffer for x' and one packing of W_hh."""
+    steps, b = i.x.shape[0], rows.batch
+    wide, width = i.w_hh.shape
+    x = rows.pack(i.x)
+    buffer = i.x.new_empty(chunk * b, wide)
+    # Room for panels of vectors or of tiles, whose extents are rounded up, with biases.
+    packed = torch.empty((width + 40) * (wide + 4 * 64) * 8, dtype=torch.uint8)
+    _C.prefer_huge_pages(packed)
+    starts = list(range(0, steps, chunk))
+    for at in reversed(starts) if o.reverse else starts:
+        part = slice(at * b, min(at + chunk, steps) * b)
+        gates = buffer[: part.stop - part.start]
+        _project(i, x[part], gates)
+        first = at == (starts[-1] if o.reverse else 0)
+        _C.recurrent_forward(
+            *options, gates, h0 if first else h, (c0 if first else c) if o.cell == 0 else None, None,
+            y[part], h, c if o.cell == 0 else None, None if cells is None else cells[part], None, None,
+            None, False, packed, not first,
+        )  # fmt: skip
 
 
 def _rows(saved: Tensor, n: int) -> Tensor | None:
@@ -279,7 +338,8 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
         c_now = new(n, hidden, dtype=wider)
     d_h0 = new(rows.batch, width) if need[5] else None
     d_c0 = new(rows.batch, hidden) if need[6] else None
-    _C.prefer_huge_pages(d_gates)
+    if d_gates.numel() > _LARGE:
+        _C.prefer_huge_pages(d_gates)
     _C.recurrent_backward(
         *_kernel_options(i, o, rows), rows.pack(d_y), rows.sort(d_h_n), rows.sort(d_c_n),
         rows.pack(d_cells), h0, c0, packed_y, gates, cells, saved_hidden, hh, d_gates, d_hh, d_h,

@@ -1,8 +1,8 @@
-"""One step of a plain cell and a small batch: the short way to csrc's recurrent_step.
+"""One step of a plain cell: the short way to csrc's recurrent_step.
 
 At one or two rows the arithmetic of a cell takes a microsecond, and the usual way to a kernel (checks in
-Python, dispatcher, autograd) takes ten. Here the kernel's own checks are the only ones. Whatever does
-not fit (another batch, dtype, device, transform, ...) takes the usual way, which also words the errors.
+Python, dispatcher, autograd) takes ten. Here the checks of torch and of the kernel are the only ones.
+Whatever does not fit (dtype, device, transform, ...) takes the usual way, which also words the errors.
 """
 
 from __future__ import annotations
@@ -14,10 +14,51 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lmkern import _C
-from lmkern.ops.library import KERNEL_DTYPES, accumulate_dtype, is_plain_eager
+from lmkern.ops.library import KERNEL_DTYPES, accumulate_dtype, is_plain_eager, matmul
 from lmkern.ops.recurrent_cpu import GATES, SMALL_BATCH
 
 _PLAIN = (Tensor, Parameter)
+_TILE_BATCH = 96  # from here on lmkern's product may beat torch's
+
+
+def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b; x W for a transposed view of W."""
+    if x.shape[0] >= _TILE_BATCH:
+        return matmul(x, w, bias, transpose_b=True)
+    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
+
+
+def _run(
+    cell: int,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    gates: Tensor | None,
+    hidden: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """h' and c'; fills ``gates`` and ``hidden`` where the backward pass wants them."""
+    batch, width = x.shape[0], w_hh.shape[1]
+    h_next = x.new_empty(batch, width)
+    c_next = x.new_empty(batch, width) if cell == 0 else None
+    if batch <= SMALL_BATCH:
+        _C.recurrent_step(
+            cell, None, None, x, w_ih, w_hh, b_ih, b_hh, h, c, h_next, None, c_next, gates, None, hidden
+        )  # fmt: skip
+        return h_next, c_next
+    from_x = _product(x, w_ih, b_ih)
+    if h is not None:
+        from_h: Tensor | None = _product(h, w_hh, b_hh)
+    else:
+        from_h = None if b_hh is None else b_hh.expand(from_x.shape).contiguous()
+    _C.recurrent_step(
+        cell, from_x, from_h, None, None, None, None, None, h, c, h_next, None, c_next, gates, None,
+        hidden,
+    )  # fmt: skip
+    return h_next, c_next
 
 
 class StepFunction(torch.autograd.Function):
@@ -25,53 +66,68 @@ class StepFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):  # type: ignore[override]
-        batch, hidden = x.shape[0], w_hh.shape[1]
-        h_next = x.new_empty(batch, hidden)
-        gates = x.new_empty(batch, GATES[cell] * hidden)
-        c_next = x.new_empty(batch, hidden) if cell == 0 else None
-        wider = accumulate_dtype(x.dtype)
-        kept = x.new_empty(batch, hidden, dtype=wider) if cell < 2 else None
-        _C.recurrent_step(
-            cell, x, w_ih, w_hh, b_ih, b_hh, h, c, h_next, None, c_next, gates,
-            kept if cell == 0 else None, kept if cell == 1 else None,
-        )  # fmt: skip
-        ctx.save_for_backward(x, h, c, w_ih, w_hh, b_ih, b_hh, h_next, gates, kept)
+        batch, width = x.shape[0], w_hh.shape[1]
+        gates = x.new_empty(batch, GATES[cell] * width)
+        hidden = x.new_empty(batch, width, dtype=accumulate_dtype(x.dtype)) if cell == 1 else None
+        h_next, c_next = _run(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, gates, hidden)
+        ctx.save_for_backward(x, h, c, w_ih, w_hh, b_ih, b_hh, gates, hidden)
         ctx.cell = cell
         ctx.set_materialize_grads(False)
-        return (h_next, c_next) if cell == 0 else h_next
+        return h_next if c_next is None else (h_next, c_next)
 
     @staticmethod
     def backward(ctx: Any, d_h, d_c=None):  # type: ignore[override]
-        from lmkern.ops.recurrent import reference_gradient
-
         cell = ctx.cell
-        x, h, c, w_ih, w_hh, b_ih, b_hh, h_next, gates, kept = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        options = (cell, False, 1e-5, 0.0, 0.0, False)
-        inputs = (x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, h, c, *(None,) * 11)
+        x, h, c, w_ih, w_hh, b_ih, b_hh, gates, hidden = ctx.saved_tensors
+        _, need_x, need_h, need_c, *need_weights = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            grads = reference_gradient(inputs, options, False, (None, d_h, d_c)[: 3 if cell == 0 else 2])
-        else:
-            none = x.new_empty(0)
-            wanted = [need[1], need[4], need[5], need[6], need[7], need[2], need[3], *(False,) * 5]
-            grads = torch.ops.lmkern.recurrent_backward(
-                *inputs, *options, None, d_h, d_c, None, h_next.unsqueeze(0), gates,
-                kept if cell == 0 else none, kept if cell == 1 else none, none, none, wanted,
-            )  # fmt: skip
-        d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h0, d_c0 = grads[:7]
+            return _reference_gradient(cell, (x, w_ih, w_hh, b_ih, b_hh, h, c), d_h, d_c)
+        gru = cell == 1
+        d_gates = torch.empty_like(gates)
+        d_hh = torch.empty_like(gates) if gru else d_gates
+        d_h0 = x.new_empty(x.shape[0], w_hh.shape[1]) if gru else None
+        d_c0 = x.new_empty(x.shape[0], w_hh.shape[1]) if cell == 0 else None
+        _C.recurrent_step_backward(
+            cell, None if d_h is None else d_h.contiguous(), None if d_c is None else d_c.contiguous(),
+            gates, hidden, h, c, d_gates, d_hh if gru else None, d_h0, d_c0,
+        )  # fmt: skip
+        if need_h:
+            d_h0 = torch.mm(d_hh, w_hh) if d_h0 is None else torch.addmm(d_h0, d_hh, w_hh)
+        d_weights: list[Any] = [None] * 4
+        if need_weights[0]:
+            d_weights[0] = torch.mm(d_gates.t(), x)
+        if need_weights[1]:
+            d_weights[1] = torch.zeros_like(w_hh) if h is None else torch.mm(d_hh.t(), h)
+        if need_weights[2]:
+            d_weights[2] = _bias_gradient(d_gates)
+        if need_weights[3]:
+            d_weights[3] = _bias_gradient(d_hh)
         return (
-            None,
-            d_x.squeeze(0) if need[1] else None,
-            d_h0 if need[2] else None,
-            d_c0 if need[3] else None,
-            d_w_ih if need[4] else None,
-            d_w_hh if need[5] else None,
-            d_b_ih if need[6] else None,
-            d_b_hh if need[7] else None,
-        )
+            None, torch.mm(d_gates, w_ih) if need_x else None, d_h0 if need_h else None,
+            d_c0 if need_c else None, *d_weights,
+        )  # fmt: skip
 
 
-def small_step(
+def _bias_gradient(d: Tensor) -> Tensor:
+    if d.shape[0] == 1:
+        return d[0].clone()
+    return d.sum(0, dtype=accumulate_dtype(d.dtype)).to(d.dtype)
+
+
+def _reference_gradient(
+    cell: int, inputs: tuple[Any, ...], d_h: Tensor | None, d_c: Tensor | None
+) -> tuple[Any, ...]:
+    from lmkern.ops.recurrent import reference_gradient
+
+    x, *others = inputs
+    d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h0, d_c0 = reference_gradient(
+        (x.unsqueeze(0), *others, *(None,) * 11), (cell, False, 1e-5, 0.0, 0.0, False), False,
+        (None, d_h, d_c) if cell == 0 else (None, d_h),
+    )[:7]  # fmt: skip
+    return None, None if d_x is None else d_x[0], d_h0, d_c0, d_w_ih, d_w_hh, d_b_ih, d_b_hh
+
+
+def plain_step(
     cell: int,
     x: Tensor,
     h: Tensor | None,
@@ -87,9 +143,9 @@ def small_step(
         or w_ih.__class__ not in _PLAIN
         or w_hh.__class__ not in _PLAIN
         or x.dim() != 2
-        or not 0 < x.shape[0] <= SMALL_BATCH
-        or not x.is_cpu
         or x.dtype not in KERNEL_DTYPES
+        or not x.is_cpu
+        or x.numel() == 0
         or not is_plain_eager()
     ):
         return None
@@ -104,11 +160,7 @@ def small_step(
             or (b_hh is not None and b_hh.requires_grad)
         ):
             return StepFunction.apply(cell, x, h, c, w_ih, w_hh, b_ih, b_hh)
-        h_next = x.new_empty(x.shape[0], w_hh.shape[1])
-        c_next = x.new_empty(h_next.shape) if cell == 0 else None
-        _C.recurrent_step(
-            cell, x, w_ih, w_hh, b_ih, b_hh, h, c, h_next, None, c_next, None, None, None
-        )
-    except (ValueError, TypeError, IndexError):  # say it in the caller's words, or do it after all
+        h_next, c_next = _run(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, None, None)
+    except (ValueError, TypeError, RuntimeError):  # said in the caller's words, or done after all
         return None
     return h_next if c_next is None else (h_next, c_next)
