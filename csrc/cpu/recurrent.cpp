@@ -73,7 +73,7 @@ class ForwardPass {
       projection.place_weights(scratch, hidden, projection_panels, tiles);
     };
     if (a.packed.defined() &&
-        Scratch::place_at(a.packed.data, weights) > static_cast<std::size_t>(a.packed.shape[0]))
+        Scratch::place_at(a.packed.data, weights) > a.packed.numel() * sizeof(float))
       throw std::invalid_argument("recurrent_forward: packed is too small");
     Scratch::place([&](Scratch& scratch) {
       if (!a.packed.defined()) weights(scratch);

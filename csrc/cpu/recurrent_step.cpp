@@ -37,6 +37,7 @@ LMKERN_INLINE void dot_rows(std::int64_t depth, const S* const (&a)[M], const S*
       LMKERN_UNROLL
       for (int i = 0; i < kGroup; ++i) {
         const Vec<T> row = load_at(rows[i] + k);
+        __builtin_prefetch(rows[i] + k + kGroup * w_stride);  // the next group, beyond the last too
         LMKERN_UNROLL
         for (int m = 0; m < M; ++m) acc[m][i] += x[m] * row;
       }

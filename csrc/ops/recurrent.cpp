@@ -91,7 +91,10 @@ void recurrent_forward(const RecurrentForwardArgs& a) {
   check.optional("hidden", a.hidden, accumulate, {N, H}, "[N, H]");
   check.optional("hh", a.hh, accumulate, {N, G * H}, "[N, G*H]");
   check.optional("unprojected", a.unprojected, dtype, {N, H}, "[N, H]");
-  if (a.packed.defined()) check.contiguous("packed", a.packed);
+  if (a.packed.defined()) {
+    check.dtype("packed", a.packed, DType::kFloat32);
+    check.contiguous("packed", a.packed);
+  }
   if (a.first_hh.defined() && N != B) check.fail("first_hh must be absent but for a single step");
   cpu::kernels().recurrent_forward(a);
 }

@@ -74,7 +74,7 @@ struct RecurrentForwardArgs {
   TensorView hh;      // A [N, G*H] out: h W_hh^T before norm; absent: not wanted
   TensorView unprojected;  // [N, H] out: o * tanh(c); absent: not wanted
   bool save;               // write activations back to gates
-  TensorView packed;       // uint8 [enough]: packed weights, for several calls with the same ones;
+  TensorView packed;       // float32 [enough]: packed weights, for several calls with the same ones;
                            // absent: packed for this call
   bool packed_ready;       // an earlier call with the same weights, batch and threads has packed
 };

@@ -21,6 +21,7 @@ from lmkern.ops.recurrent_cpu import (
     forward_cpu,
     forward_fake,
 )
+from lmkern.ops.recurrent_step import plain_step
 from lmkern.ops.recurrent_transforms import RecurrenceTransform, vmap_backward, vmap_forward
 
 _INPUT_SCHEMA = ", ".join(
@@ -133,7 +134,19 @@ def recurrence(
         x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr, peephole, norm_hh, norm_cell_weight, norm_cell_bias,
         h_mask, zoneout_h, zoneout_c, reset_mask, lengths, batch_sizes,
     )  # fmt: skip
-    options = (CELLS.index(cell), reverse, eps, zoneout_h_rate, zoneout_c_rate, recompute)
+    number = CELLS.index(cell)
+    if (
+        batch_sizes is None
+        and x.shape[0] == 1
+        and w_ih is not None
+        and all(t is None for t in inputs[7:17])
+        and not (zoneout_h_rate or zoneout_c_rate or return_cells)
+    ):
+        after = plain_step(number, x[0], h0, c0, w_ih, w_hh, b_ih, b_hh)
+        if after is not None:
+            h_n, c_n = after if number == 0 else (after, None)
+            return h_n.unsqueeze(0).clone(), h_n, c_n, None
+    options = (number, reverse, eps, zoneout_h_rate, zoneout_c_rate, recompute)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         if torch.is_grad_enabled():  # a wrapped tensor does not say whether it needs a gradient
             y, h_n, c_n, c, *_ = RecurrenceTransform.apply(

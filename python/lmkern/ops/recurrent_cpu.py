@@ -140,58 +140,11 @@ _CHUNK_BYTES = 1 << 20  # of x' in a chunk: half of a core's cache
 SMALL_BATCH = 4
 
 
-def _is_small_step(i: Inputs, o: Options) -> bool:
-    """Whether this is one step of a few rows, without options."""
-    return (
-        i.batch_sizes is None
-        and i.x.shape[0] == 1
-        and 0 < i.x.shape[1] <= SMALL_BATCH
-        and i.w_ih is not None
-        and all(t is None for t in i[7:17])
-        and not o.recompute
-        and o.zoneout_h_rate == 0.0 == o.zoneout_c_rate
-    )
-
-
-def step(
-    cell: int,
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    h: Tensor | None,
-    c: Tensor | None,
-    h_next: Tensor,
-    y: Tensor | None,
-    c_next: Tensor | None,
-    saved: Saved | None,
-) -> None:
-    """One step of a small batch, straight from the weights."""
-    _C.recurrent_step(
-        cell, None, None, x.contiguous(), w_ih.contiguous(), w_hh.contiguous(), _dense(b_ih), _dense(b_hh),
-        _dense(h), _dense(c), h_next, y, c_next if cell == 0 else None,
-        saved.gates if saved is not None else None,
-        saved.cells if saved is not None and cell == 0 else None,
-        saved.hidden if saved is not None and cell == 1 else None,
-    )  # fmt: skip
-
-
 def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     i, o = Inputs(*args[:18]), Options(*args[18:24])
     save, want_cells = args[24:]
     y, h_n, c_n, cells_out, *kept = _outputs(i, o, save, want_cells)
     saved = Saved(*kept)
-    if _is_small_step(i, o):
-        w_ih = i.w_ih
-        assert w_ih is not None
-        step(
-            o.cell, i.x[0], w_ih, i.w_hh, i.b_ih, i.b_hh, i.h0, i.c0, h_n, y[0], c_n,
-            saved if save else None,
-        )  # fmt: skip
-        if want_cells:
-            cells_out.copy_(c_n)
-        return y, h_n, c_n, cells_out, *kept
     rows = rows_of(i.x, i.lengths, i.batch_sizes, _batch(i))
     n = rows.count
     wide, hidden = i.w_hh.shape[0], i.w_hh.shape[0] // GATES[o.cell]
@@ -242,8 +195,9 @@ def _steps_of_a_chunk(i: Inputs, o: Options, rows: Rows, save: bool) -> int:
     if save or not plain or o.zoneout_h_rate or o.zoneout_c_rate or i.x.dtype.itemsize < 4:
         return 0
     row_bytes = i.w_hh.shape[0] * i.x.dtype.itemsize
-    steps = max(1, _CHUNK_BYTES // max(1, rows.batch * row_bytes))
-    return steps if 0 < steps * 2 <= i.x.shape[0] and steps * rows.batch >= 96 else 0
+    steps = _CHUNK_BYTES // max(1, rows.batch * row_bytes)
+    # Each chunk reads W_ih again, which only many rows make up for.
+    return steps if 0 < steps * 2 <= i.x.shape[0] and steps * rows.batch >= 500 else 0
 
 
 def _forward_in_chunks(
@@ -265,7 +219,8 @@ def _forward_in_chunks(
     x = rows.pack(i.x)
     buffer = i.x.new_empty(chunk * b, wide)
     # Room for panels of vectors or of tiles, whose extents are rounded up, with biases.
-    packed = torch.empty((width + 40) * (wide + 4 * 64) * 8, dtype=torch.uint8)
+    room = (width + 40) * (wide + 4 * 64) * 2 * max(1, i.x.element_size() // 4)
+    packed = torch.empty(room, dtype=torch.float32)
     _C.prefer_huge_pages(packed)
     starts = list(range(0, steps, chunk))
     for at in reversed(starts) if o.reverse else starts:
