@@ -110,24 +110,54 @@ def test_backward_twice_gives_the_same():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def kernel_options(cell: int, batch: int, w_hh: torch.Tensor, **views: torch.Tensor) -> tuple:
+    """csrc's RecurrentOptions without options, but for the views given."""
+    names = ("b_hh", "w_hr", "peephole", "norm_hh", "norm_c_weight", "norm_c_bias")
+    some = [views.get(name) for name in names]
+    return (cell, False, batch, w_hh, *some, 1e-5, None, None, None, 0.0, 0.0, None, None)
+
+
 @pytest.mark.parametrize("size", [(20, 2, 16, 320), (20, 48, 16, 96)], ids=str)
 def test_same_bits_for_any_thread_count(isa, size):
-    inputs = weights("lstm", *size)
+    T, B, _, H = size
+    _, _, w_hh, _, _, h0, c0 = weights("lstm", *size)
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(T * B, 4 * H, generator=generator)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            x = inputs[0]
-            gates = torch.randn(
-                x.shape[0], x.shape[1], 4 * size[3], generator=torch.Generator().manual_seed(2)
+            gates = inputs.clone()
+            y, cells, d_gates = (
+                torch.empty(T * B, H),
+                torch.empty(T * B, H),
+                torch.empty_like(gates),
             )
-            y, cells = x.new_empty(*size[:2], size[3]), x.new_empty(*size[:2], size[3])
-            h_n, c_n = (x.new_empty(size[1], size[3]) for _ in range(2))
-            _C.lstm_forward(gates, inputs[2], inputs[5], inputs[6], y, h_n, c_n, cells, False)
-            d_gates, d_c0 = torch.empty_like(gates), torch.empty_like(c_n)
-            _C.lstm_backward(y, h_n, c_n, inputs[2], inputs[6], gates, cells, d_gates, d_c0, False)
-            results.append((y, h_n, c_n, gates, cells, d_gates, d_c0))
+            h_n, c_n, d_h0, d_c0 = (torch.empty(B, H) for _ in range(4))
+            options = kernel_options(0, B, w_hh)
+            _C.recurrent_forward(
+                *options,
+                gates,
+                h0,
+                c0,
+                None,
+                y,
+                h_n,
+                c_n,
+                cells,
+                None,
+                None,
+                None,
+                True,
+                None,
+                False,
+            )
+            _C.recurrent_backward(
+                *options, y, h_n, c_n, None, h0, c0, y, gates, cells, None, None, d_gates, None, None,
+                None, None, None, d_h0, d_c0, False,
+            )  # fmt: skip
+            results.append((y, h_n, c_n, gates, cells, d_gates, d_h0, d_c0))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -136,11 +166,11 @@ def test_same_bits_for_any_thread_count(isa, size):
 
 def test_kernels_are_called(monkeypatch):
     called = []
-    for name in ("lstm_forward", "lstm_backward"):
+    for name in ("recurrent_forward", "recurrent_backward"):
         kernel = getattr(_C, name)
         monkeypatch.setattr(_C, name, lambda *a, n=name, k=kernel: (called.append(n), k(*a))[1])
     lmkern.nn.LSTM(5, 7)(torch.randn(4, 2, 5))[0].sum().backward()
-    assert called == ["lstm_forward", "lstm_backward"]
+    assert called == ["recurrent_forward", "recurrent_backward"]
 
 
 def test_empty_batch():
@@ -195,21 +225,24 @@ def test_strided_arguments():
 # ---- compile, fake, autocast, functorch ---------------------------------------------------------
 
 
-def test_opcheck():
-    x, w_ih, w_hh, b_ih, b_hh, h0, c0 = weights("lstm", 3, 2, 4, 5)
+@pytest.mark.parametrize("cell", range(3))
+def test_opcheck(cell):
+    x, w_ih, w_hh, b_ih, b_hh, h0, *c0 = weights(CELLS[cell], 3, 2, 4, 5)
     ops = torch.ops.lmkern
+    options = (cell, False, 1e-5, 0.0, 0.0, False)
+    inputs = (x, w_ih, w_hh, b_ih, b_hh, h0, c0[0] if c0 else None, *(None,) * 11)
+    bare = (x, w_ih, w_hh, *(None,) * 13, torch.tensor([3, 1]), None)
     for save in (False, True):
         torch.library.opcheck(
-            ops.lstm_forward.default, (x, w_ih, w_hh, b_ih, b_hh, h0, c0, False, save)
+            ops.recurrent_forward.default, (*inputs, *options, save, cell == 0 and save)
         )
-    torch.library.opcheck(
-        ops.lstm_forward.default, (x, w_ih, w_hh, None, None, None, None, True, True)
-    )
-    y, h, _, gates, cells = ops.lstm_forward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, False, True)
+    # With lengths, what is saved has rows that nobody writes or reads.
+    torch.library.opcheck(ops.recurrent_forward.default, (*bare, *options, False, False))
+    y, h, _, _, *kept = ops.recurrent_forward(*inputs, *options, True, False)
     for need in (True, False):
         torch.library.opcheck(
-            ops.lstm_backward.default,
-            (y, h, None, x, w_ih, w_hh, h0, c0, y, gates, cells, False, need, need),
+            ops.recurrent_backward.default,
+            (*inputs, *options, y, h, None, None, y, *kept, [need] * 7 + [False] * 6),
         )
 
 
@@ -289,17 +322,28 @@ def test_bad_arguments(change, error, match):
 
 def test_kernel_checks_before_it_writes():
     """The raw binding: shapes are checked in C++, and nothing has been written when they are wrong."""
-    gates = torch.full((2, 3, 8), 5.0)
-    y = torch.full((2, 3, 2), 5.0)
-    h = torch.full((3, 2), 5.0)
-    with pytest.raises(
-        ValueError, match=r"lstm_forward: c_n must be \[B, H\] = \[3, 2\], got \[3, 3\]"
+    gates, y, h = torch.full((6, 8), 5.0), torch.full((6, 2), 5.0), torch.full((3, 2), 5.0)
+    w = torch.zeros(8, 2)
+
+    def run(w_hh=w, y=y, c_n=h, batch=3, cell=0, **views):
+        _C.recurrent_forward(
+            *kernel_options(cell, batch, w_hh, **views), gates, None, None, None, y, h, c_n, None,
+            None, None, None, True, None, False,
+        )  # fmt: skip
+
+    for change, error, match in (
+        ({"c_n": torch.zeros(3, 3)}, ValueError, r"c_n must be \[B, H\] = \[3, 2\], got \[3, 3\]"),
+        ({"w_hh": w.double()}, TypeError, "w_hh must be float32, got float64"),
+        ({"y": torch.zeros(2, 6).T}, ValueError, "y must be contiguous"),
+        ({"batch": 4}, ValueError, "gates must have a multiple of 4 rows"),
+        ({"cell": 9}, ValueError, "cell must be 0 to 4, got 9"),
+        (
+            {"cell": 2, "w_hh": torch.zeros(8, 8), "peephole": torch.zeros(24)},
+            ValueError,
+            "must be absent",
+        ),
+        ({"norm_c_weight": torch.zeros(2)}, ValueError, "norm_c_bias must be given together"),
     ):
-        _C.lstm_forward(gates, torch.zeros(8, 2), None, None, y, h, torch.zeros(3, 3), None, False)
-    with pytest.raises(TypeError, match="w_hh must be float32, got float64"):
-        _C.lstm_forward(gates, torch.zeros(8, 2).double(), None, None, y, h, h.clone(), None, False)
-    with pytest.raises(ValueError, match="y must be contiguous"):
-        _C.lstm_forward(
-            gates, torch.zeros(8, 2), None, None, torch.zeros(2, 2, 3).mT, h, h.clone(), None, False
-        )
+        with pytest.raises(error, match=match):
+            run(**change)
     assert (gates == 5).all() and (y == 5).all() and (h == 5).all()

@@ -8,7 +8,6 @@ from lm_helpers import AWD, VOCAB, tiny_config, tiny_data, tiny_model
 from lmkern.models import RecurrentLM, RecurrentLMConfig, recurrent_layer
 from lmkern.train import Updater
 
-pytestmark = pytest.mark.usefixtures("fallback_allowed")
 each_cell = pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 each_backend = pytest.mark.parametrize("backend", ["lmkern", "torch"])
 

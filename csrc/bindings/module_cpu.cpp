@@ -56,7 +56,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                {{static_cast<lmkern::RecurrentCell>(cell), reverse, batch, w_hh, b_hh, w_hr,
                  peephole, norm_hh, norm_c_weight, norm_c_bias, eps, h_mask, zoneout_h, zoneout_c,
                  zoneout_h_rate, zoneout_c_rate, reset, batch_sizes},
-                gates, h0, c0, first_hh, y, h_n, c_n, cells, hidden, hh, unprojected, save, packed,
+                gates,
+                h0,
+                c0,
+                first_hh,
+                y,
+                h_n,
+                c_n,
+                cells,
+                hidden,
+                hh,
+                unprojected,
+                save,
+                packed,
                 packed_ready});
         });
   m.def("recurrent_backward",
@@ -73,27 +85,44 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                {{static_cast<lmkern::RecurrentCell>(cell), reverse, batch, w_hh, b_hh, w_hr,
                  peephole, norm_hh, norm_c_weight, norm_c_bias, eps, h_mask, zoneout_h, zoneout_c,
                  zoneout_h_rate, zoneout_c_rate, reset, batch_sizes},
-                d_y, d_h_n, d_c_n, d_cells, h0, c0, y, gates, cells, hidden, hh, d_gates, d_hh, d_h,
-                d_normed, d_c_normed, c_now, d_h0, d_c0, recompute});
+                d_y,
+                d_h_n,
+                d_c_n,
+                d_cells,
+                h0,
+                c0,
+                y,
+                gates,
+                cells,
+                hidden,
+                hh,
+                d_gates,
+                d_hh,
+                d_h,
+                d_normed,
+                d_c_normed,
+                c_now,
+                d_h0,
+                d_c0,
+                recompute});
         });
 
   m.def("recurrent_step", [](int cell, TensorView from_x, TensorView from_h, TensorView x,
-                             TensorView w_ih, TensorView w_hh,
-                             TensorView b_ih, TensorView b_hh, TensorView h, TensorView c,
-                             TensorView h_next, TensorView y, TensorView c_next, TensorView gates,
-                             TensorView cells, TensorView hidden) {
-    call(lmkern::recurrent_step, {static_cast<lmkern::RecurrentCell>(cell), from_x, from_h, x, w_ih, w_hh, b_ih,
-                                  b_hh, h, c, h_next, y, c_next, gates, cells, hidden});
+                             TensorView w_ih, TensorView w_hh, TensorView b_ih, TensorView b_hh,
+                             TensorView h, TensorView c, TensorView h_next, TensorView y,
+                             TensorView c_next, TensorView gates, TensorView cells,
+                             TensorView hidden) {
+    call(lmkern::recurrent_step, {static_cast<lmkern::RecurrentCell>(cell), from_x, from_h, x, w_ih,
+                                  w_hh, b_ih, b_hh, h, c, h_next, y, c_next, gates, cells, hidden});
   });
 
-  m.def("recurrent_step_backward",
-        [](int cell, TensorView d_h, TensorView d_c, TensorView gates, TensorView hidden,
-           TensorView h, TensorView c, TensorView d_gates, TensorView d_hh, TensorView d_h_prev,
-           TensorView d_c_prev) {
-          call(lmkern::recurrent_step_backward,
-               {static_cast<lmkern::RecurrentCell>(cell), d_h, d_c, gates, hidden, h, c, d_gates,
-                d_hh, d_h_prev, d_c_prev});
-        });
+  m.def("recurrent_step_backward", [](int cell, TensorView d_h, TensorView d_c, TensorView gates,
+                                      TensorView hidden, TensorView h, TensorView c,
+                                      TensorView d_gates, TensorView d_hh, TensorView d_h_prev,
+                                      TensorView d_c_prev) {
+    call(lmkern::recurrent_step_backward, {static_cast<lmkern::RecurrentCell>(cell), d_h, d_c,
+                                           gates, hidden, h, c, d_gates, d_hh, d_h_prev, d_c_prev});
+  });
 
   m.def("attention_forward", [](TensorView q, TensorView k, TensorView v, TensorView mask,
                                 TensorView out, TensorView lse, double scale, bool is_causal) {

@@ -10,8 +10,8 @@
 // recurrent step and of attention's forward and backward has this form (csrc/cpu/recurrent.cpp,
 // csrc/cpu/attention.cpp say which). The epilogue receives the tile while it is still in registers.
 //
-// Numerics: FMA chains over k in ascending order, of a length that depends neither on M nor on how rows
-// and columns were divided among threads, which is why results do not either.
+// Numerics: FMA chains over k in ascending order, of a length that depends neither on M nor on how
+// rows and columns were divided among threads, which is why results do not either.
 #pragma once
 #include "cpu/vec.h"
 
@@ -71,19 +71,20 @@ LMKERN_INLINE void for_row_tiles(std::int64_t rows, const F& f) {
   }
 }
 
-// out[row][N vectors] = bias + a b for rows of a (neighbouring elements along k) and one packed panel
-// b[k][N vectors], kept in T or in a narrower storage type. The panel is taken in slices that fit into
-// the L1 cache, each for all tiles before the next, so that it comes from L2 once and not once for
-// each tile. Every slice is summed on its own before it is added: the error grows with the length of a
-// slice and the number of slices, not with their product. bias: N vectors, or null.
+// out[row][N vectors] = bias + a b for rows of a (neighbouring elements along k) and one packed
+// panel b[k][N vectors], kept in T or in a narrower storage type. The panel is taken in slices that
+// fit into the L1 cache, each for all tiles before the next, so that it comes from L2 once and not
+// once for each tile. Every slice is summed on its own before it is added: the error grows with the
+// length of a slice and the number of slices, not with their product. bias: N vectors, or null.
 //
-// A function of its own, not inlined: its caller's epilogue is instantiated for every cell and option,
-// and would take the tile code of every height with it. Passing tiles through `out`, which stays in
-// L1, costs N stores and loads to N * depth multiplications.
+// A function of its own, not inlined: its caller's epilogue is instantiated for every cell and
+// option, and would take the tile code of every height with it. Passing tiles through `out`, which
+// stays in L1, costs N stores and loads to N * depth multiplications.
 template <int N, class T, class W>
 __attribute__((noinline)) void multiply_panel(std::int64_t rows, std::int64_t depth, const T* a,
                                               std::int64_t a_m, const W* b, const T* bias, T* out) {
-  constexpr std::int64_t kRow = N * kLanes<T>, kSlice = (24 << 10) / (kRow * sizeof(W));
+  constexpr std::int64_t kRow = N * kLanes<T>, kFitting = (24 << 10) / (kRow * sizeof(W));
+  constexpr std::int64_t kSlice = kFitting < 256 ? kFitting : 256;
   std::int64_t k = 0;
   do {  // once even at depth 0, where tiles are the bias
     const std::int64_t end = k + kSlice < depth ? k + kSlice : depth;

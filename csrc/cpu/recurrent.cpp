@@ -1,13 +1,15 @@
 // Forward pass of the recurrent layers (csrc/ops/recurrent.h).
 //
-// Parallel  RecurrentPlan: a thread owns rows of the batch or panels of hidden units, for all steps.
-// Traffic   per step W_hh once (from L2 if a thread's share fits there: read for each tile of rows),
+// Parallel  RecurrentPlan: a thread owns rows of the batch or panels of hidden units, for all
+// steps. Traffic   per step W_hh once (from L2 if a thread's share fits there: read for each tile
+// of rows),
 //           gates once in and, when training, once out. At B = 1 bound by reading W_hh, from about
 //           B = 8 on by FMA.
-// Limits    W_hh is packed at each call, in panels of one vector of units with their gates adjacent,
+// Limits    W_hh is packed at each call, in panels of one vector of units with their gates
+// adjacent,
 //           so that an epilogue finds all gates of a unit side by side. That costs about two time
-//           steps at B = 1. A pack cached across calls would go stale unseen when weights are written
-//           through `.data`, which does not count up a tensor's version.
+//           steps at B = 1. A pack cached across calls would go stale unseen when weights are
+//           written through `.data`, which does not count up a tensor's version.
 //
 // A step has up to three phases, with a barrier after each where threads divide the units:
 //   gates       product with W_hh; without norm, the cell follows panel by panel
@@ -52,11 +54,11 @@ class ForwardPass {
       2 * steps.batch * kGates * hidden * width, tiles};
   StepProduct<S, W, kColumns> recurrent;
   StepProduct<S, W, kProjectionVecs> projection;
-  T* h;     // [B][padded_width], carried
-  T* c;     // [B][padded], carried
-  T* hh;    // [B][G*H], under norm where the caller keeps none
-  T* tile;  // [threads][B][columns of a panel]
-  T* row_c; // [threads][2][padded]: the output gate and c of one row, under norm
+  T* h;      // [B][padded_width], carried
+  T* c;      // [B][padded], carried
+  T* hh;     // [B][G*H], under norm where the caller keeps none
+  T* tile;   // [threads][B][columns of a panel]
+  T* row_c;  // [threads][2][padded]: the output gate and c of one row, under norm
   static constexpr std::int64_t kTileColumns =
       (kColumns > kProjectionVecs ? kColumns : kProjectionVecs) * kLane;
 
@@ -132,12 +134,19 @@ class ForwardPass {
     return left < 0 ? 0 : left < kLane ? left : kLane;
   }
 
-  LMKERN_INLINE bool resets(std::int64_t index) const { return o.reset.defined() && o.reset.ptr<const bool>()[index]; }
+  LMKERN_INLINE bool resets(std::int64_t index) const {
+    return o.reset.defined() && o.reset.ptr<const bool>()[index];
+  }
 
   LMKERN_INLINE Row row_at(std::int64_t s, std::int64_t t, std::int64_t b) const {
     const std::int64_t next = steps.neighbour(t, 1), index = steps.offset(t) + b;
     const bool continues = steps.takes_part(next, b);
-    return {t, b, index, resets(index), continues, continues && resets(steps.offset(next) + b),
+    return {t,
+            b,
+            index,
+            resets(index),
+            continues,
+            continues && resets(steps.offset(next) + b),
             static_cast<int>((s + 1) % 2)};
   }
 
@@ -148,7 +157,8 @@ class ForwardPass {
       std::int64_t counts[kColumns];
       for (int g = 0; g < kGates; ++g)
         for (int v = 0; v < kVecs; ++v) {
-          const std::int64_t u = p * kUnits + v * kLane, n = units_at(u, hidden), from = g * hidden + u;
+          const std::int64_t u = p * kUnits + v * kLane, n = units_at(u, hidden),
+                             from = g * hidden + u;
           rows[g * kVecs + v] = o.w_hh.ptr<const S>() + (n > 0 ? from * width : 0);
           counts[g * kVecs + v] = n;
           recurrent.set_bias(p, g * kVecs + v, norm ? V{} : load_optional<S>(o.b_hh, from, n));
@@ -170,7 +180,8 @@ class ForwardPass {
   }
 
   // What enters W_hh: h_{t-1} under the recurrent dropout's mask, unless the step resets.
-  LMKERN_INLINE V masked(V value, std::int64_t b, std::int64_t u, std::int64_t n, bool reset) const {
+  LMKERN_INLINE V masked(V value, std::int64_t b, std::int64_t u, std::int64_t n,
+                         bool reset) const {
     if (reset) return V{};
     return o.h_mask.defined() ? value * load_n(o.h_mask.ptr<const S>() + b * width + u, n) : value;
   }
@@ -206,7 +217,8 @@ class ForwardPass {
 
   // h W_hh^T before norm: kept by the caller for the backward pass, or here for the step.
   LMKERN_INLINE T* raw_row(const Row& row) const {
-    return a.hh.defined() ? a.hh.ptr<T>() + row.index * kGates * hidden : hh + row.b * kGates * hidden;
+    return a.hh.defined() ? a.hh.ptr<T>() + row.index * kGates * hidden
+                          : hh + row.b * kGates * hidden;
   }
 
   void gates_phase(std::int64_t s, std::int64_t t, Range rows, Range own, T* out) {
@@ -222,9 +234,10 @@ class ForwardPass {
           V product[kGates];
           LMKERN_UNROLL
           for (int g = 0; g < kGates; ++g)
-            product[g] = multiplies
-                             ? load(out + (b - rows.begin) * kColumns * kLane + (g * kVecs + v) * kLane)
-                             : given_product(b, g * hidden + u, n);
+            product[g] =
+                multiplies
+                    ? load(out + (b - rows.begin) * kColumns * kLane + (g * kVecs + v) * kLane)
+                    : given_product(b, g * hidden + u, n);
           if (norm) {
             LMKERN_UNROLL
             for (int g = 0; g < kGates; ++g) store_n(raw_row(row) + g * hidden + u, product[g], n);
@@ -240,14 +253,15 @@ class ForwardPass {
 
   LMKERN_INLINE V given_product(std::int64_t b, std::int64_t at, std::int64_t n) const {
     const V bias = norm ? V{} : load_optional<S>(o.b_hh, at, n);
-    return a.first_hh.defined() ? bias + load_n(a.first_hh.ptr<const S>() + b * kGates * hidden + at, n)
-                                : bias;
+    return a.first_hh.defined()
+               ? bias + load_n(a.first_hh.ptr<const S>() + b * kGates * hidden + at, n)
+               : bias;
   }
 
   void normed_row(const Row& row, T* scratch) {
     const T* const raw = raw_row(row);
-    const auto moments = Moments<T>::of(kGates * hidden, o.eps,
-                                        [&](std::int64_t u, std::int64_t n) { return load_n(raw + u, n); });
+    const auto moments = Moments<T>::of(
+        kGates * hidden, o.eps, [&](std::int64_t u, std::int64_t n) { return load_n(raw + u, n); });
     const bool normed_c = o.norm_c_weight.defined();
     for (std::int64_t u = 0; u < hidden; u += kLane) {
       const std::int64_t n = units_at(u, hidden);
@@ -284,8 +298,8 @@ class ForwardPass {
   }
 
   // Gates and c of n units from u on; c_now is c_t before zoneout, which is what the output reads.
-  LMKERN_INLINE void update(const Row& row, std::int64_t u, std::int64_t n, const V (&product)[kGates],
-              V (&gates)[kGates], V& c_now) {
+  LMKERN_INLINE void update(const Row& row, std::int64_t u, std::int64_t n,
+                            const V (&product)[kGates], V (&gates)[kGates], V& c_now) {
     S* const gate = a.gates.ptr<S>() + row.index * kGates * hidden + u;
     LMKERN_UNROLL
     for (int g = 0; g < kGates; ++g) gates[g] = load_n(gate + g * hidden, n);
@@ -313,13 +327,15 @@ class ForwardPass {
     }
   }
 
-  LMKERN_INLINE void output(const Row& row, std::int64_t u, std::int64_t n, const V (&gates)[kGates], V c_read) {
+  LMKERN_INLINE void output(const Row& row, std::int64_t u, std::int64_t n,
+                            const V (&gates)[kGates], V c_read) {
     V h_prev{};
     if constexpr (Cell::kReadsH) h_prev = row.reset ? V{} : load(h + row.b * padded_width + u);
     const V value = Cell::output(gates, c_read, h_prev);
     if (projects) {
       projection.set_operand(0, row.b, u, value, n);
-      if (a.unprojected.defined()) store_n(a.unprojected.ptr<S>() + row.index * hidden + u, value, n);
+      if (a.unprojected.defined())
+        store_n(a.unprojected.ptr<S>() + row.index * hidden + u, value, n);
     } else {
       emit(row, u, n, value);
     }

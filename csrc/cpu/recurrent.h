@@ -1,13 +1,13 @@
-// What the forward and the backward pass of the recurrent layers share: which rows take part in which
-// step, how the work is divided among threads, and the product of a step.
+// What the forward and the backward pass of the recurrent layers share: which rows take part in
+// which step, how the work is divided among threads, and the product of a step.
 #pragma once
-#include "core/memory.h"
-#include "core/parallel.h"
-#include "cpu/vec_math.h"
 #include "cells/elman.h"
 #include "cells/gru.h"
 #include "cells/lstm.h"
+#include "core/memory.h"
+#include "core/parallel.h"
 #include "cpu/step_product.h"
+#include "cpu/vec_math.h"
 #include "ops/recurrent.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
@@ -28,8 +28,8 @@ LMKERN_INLINE void dispatch_cell(RecurrentCell cell, const F& f) {
 // The rows of each time step: a rectangle, or as in a PackedSequence.
 struct Steps {
   std::int64_t count, batch;
-  const std::int64_t* sizes;    // null: a rectangle
-  std::int64_t* offsets;        // [count], of each step's first row
+  const std::int64_t* sizes;  // null: a rectangle
+  std::int64_t* offsets;      // [count], of each step's first row
   bool reverse;
 
   LMKERN_INLINE Steps(const RecurrentOptions& options, std::int64_t all_rows)
@@ -47,7 +47,9 @@ struct Steps {
 
   // The time of the s-th step that is taken.
   LMKERN_INLINE std::int64_t time(std::int64_t s) const { return reverse ? count - 1 - s : s; }
-  LMKERN_INLINE std::int64_t rows(std::int64_t t) const { return sizes != nullptr ? sizes[t] : batch; }
+  LMKERN_INLINE std::int64_t rows(std::int64_t t) const {
+    return sizes != nullptr ? sizes[t] : batch;
+  }
   LMKERN_INLINE std::int64_t offset(std::int64_t t) const { return offsets[t]; }
   // The time before (-1) or after (1) t in the order of the recurrence; -1 or count at the ends.
   LMKERN_INLINE std::int64_t neighbour(std::int64_t t, int step) const {
@@ -89,10 +91,12 @@ struct RecurrentPlan {
     by_rows = weight_bytes <= kCacheBytes && steps.batch >= (tiles ? 16 : 3) * threads;
     if (by_rows) items = (steps.batch + row_align - 1) / row_align;
     if (threads > items) threads = static_cast<int>(items < 1 ? 1 : items);
-    if (steps.count * step_flops < kForkFlops || (!by_rows && step_flops < kBarrierFlops)) threads = 1;
+    if (steps.count * step_flops < kForkFlops || (!by_rows && step_flops < kBarrierFlops))
+      threads = 1;
   }
 
-  // This thread's rows of the batch: all of them by units; otherwise shares of equal numbers of steps.
+  // This thread's rows of the batch: all of them by units; otherwise shares of equal numbers of
+  // steps.
   LMKERN_INLINE Range rows_of(const Steps& steps, int thread, int count) const {
     if (!by_rows) return {0, steps.batch};
     if (steps.sizes == nullptr || row_align > 1)
@@ -127,8 +131,10 @@ LMKERN_INLINE Vec<Accumulate<S>> load_optional(const TensorView& view, std::int6
 
 // Zoneout's share of the old value: a mask, a rate, or nothing.
 template <class T>
-LMKERN_INLINE Vec<T> zoneout_at(const TensorView& mask, double rate, std::int64_t at, std::int64_t n) {
-  return mask.defined() ? load_bools<T>(mask.ptr<const bool>() + at, n) : splat<T>(static_cast<T>(rate));
+LMKERN_INLINE Vec<T> zoneout_at(const TensorView& mask, double rate, std::int64_t at,
+                                std::int64_t n) {
+  return mask.defined() ? load_bools<T>(mask.ptr<const bool>() + at, n)
+                        : splat<T>(static_cast<T>(rate));
 }
 
 template <class V>
@@ -150,7 +156,8 @@ struct Moments {
     for (std::int64_t u = 0; u < count; u += kLanes<T>) {
       const std::int64_t n = count - u < kLanes<T> ? count - u : kLanes<T>;
       const Vec<T> centred = value(u, n) - mean;
-      squares += lane_index<T>() < static_cast<typename VecTypes<T>::IntLane>(n) ? centred * centred : Vec<T>{};
+      squares += lane_index<T>() < static_cast<typename VecTypes<T>::IntLane>(n) ? centred * centred
+                                                                                 : Vec<T>{};
     }
     const T variance = sum_lanes(squares) / static_cast<T>(count);
     return {mean, T(1) / sqrt_of(variance + static_cast<T>(eps))};

@@ -4,15 +4,16 @@
 // Traffic   per step W_hh once, saved activations once in, d_gates once out. Step t's product
 //           d_hh_t W_hh ends in the epilogue that computes d_gates_{t-1} for the same units, while
 //           d_h_{t-1} is still at hand: one barrier per step.
-// Limits    d_gates is rounded to the storage type for the caller's products over all steps, but the
+// Limits    d_gates is rounded to the storage type for the caller's products over all steps, but
+// the
 //           recurrence itself goes on in the accumulate type.
 //
-// Steps are taken in the opposite order, and one more at the end, which only passes d_h and d_c on to
-// the initial state; in a packed batch that runs backwards, rows come to that point one by one. The
-// phases of a step, with a barrier after each where threads divide the units:
-//   hidden      product of the later step's d_hh with W_hh gives d_h; then, panel by panel, the cell
-//   projection  product of d_h with W_hr
-//   rows        under norm: statistics over a whole row, then the cell
+// Steps are taken in the opposite order, and one more at the end, which only passes d_h and d_c on
+// to the initial state; in a packed batch that runs backwards, rows come to that point one by one.
+// The phases of a step, with a barrier after each where threads divide the units:
+//   hidden      product of the later step's d_hh with W_hh gives d_h; then, panel by panel, the
+//   cell projection  product of d_h with W_hr rows        under norm: statistics over a whole row,
+//   then the cell
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/recurrent.h"
@@ -47,10 +48,10 @@ class BackwardPass {
                            panels * depth * kUnits * (tiles ? 6 : std::int64_t{sizeof(W)}),
                            2 * steps.batch * depth * width, tiles};
   StepProduct<S, W, kVecs> recurrent, projection;
-  T* d_h;   // [B][padded_width]: dL/dh_t, what bypasses W_hh; before a step, from the later one
-  T* d_c;   // [B][padded]: dL/dc_t from the later step
-  T* d_out; // [B][padded]: dL/d(o * tanh c), where a phase ends with it
-  T* tile;  // [threads][B][units of a panel]
+  T* d_h;    // [B][padded_width]: dL/dh_t, what bypasses W_hh; before a step, from the later one
+  T* d_c;    // [B][padded]: dL/dc_t from the later step
+  T* d_out;  // [B][padded]: dL/d(o * tanh c), where a phase ends with it
+  T* tile;   // [threads][B][units of a panel]
   T* row_scratch;  // [threads][(G + 2) padded], under norm
 
   struct Row {
@@ -95,7 +96,8 @@ class BackwardPass {
         const std::int64_t t = steps.time(s), later = steps.time(s + 1);
         const std::int64_t active = s < 0 ? 0 : steps.rows(t);
         const std::int64_t coming = s + 1 < steps.count ? steps.rows(later) : 0;
-        hidden_phase(s, clip(rows, active > coming ? active : coming), active, coming, own, own_tile);
+        hidden_phase(s, clip(rows, active > coming ? active : coming), active, coming, own,
+                     own_tile);
         if (s < 0) break;
         meet();
         if (projects) {
@@ -103,7 +105,8 @@ class BackwardPass {
           meet();
         }
         if (norm) {
-          const Range share = plan.by_rows ? clip(rows, active) : thread_range(active, 1, thread, threads);
+          const Range share =
+              plan.by_rows ? clip(rows, active) : thread_range(active, 1, thread, threads);
           for (std::int64_t b = share.begin; b < share.end; ++b)
             normed_row(row_at(s, b), row_scratch + thread * row_scratch_size());
           meet();
@@ -130,8 +133,13 @@ class BackwardPass {
   std::int64_t row_scratch_size() const { return (kGates + 2) * padded; }
 
   LMKERN_INLINE Row row_at(std::int64_t s, std::int64_t b) const {
-    const std::int64_t t = steps.time(s), index = steps.offset(t) + b, before = steps.neighbour(t, -1);
-    return {t, b, index, steps.takes_part(before, b) ? steps.offset(before) + b : -1, resets(index),
+    const std::int64_t t = steps.time(s), index = steps.offset(t) + b,
+                       before = steps.neighbour(t, -1);
+    return {t,
+            b,
+            index,
+            steps.takes_part(before, b) ? steps.offset(before) + b : -1,
+            resets(index),
             static_cast<int>(s & 1)};
   }
 
@@ -155,10 +163,12 @@ class BackwardPass {
     if (projects) projection.clear_padding(rows);
     for (std::int64_t b = rows.begin; b < rows.end; ++b) {
       for (std::int64_t u = 0; u < width; u += kLane)
-        store(d_h + b * padded_width + u, load_optional<S>(a.d_h_n, b * width + u, units_at(u, width)));
+        store(d_h + b * padded_width + u,
+              load_optional<S>(a.d_h_n, b * width + u, units_at(u, width)));
       if constexpr (Cell::kHasC)
         for (std::int64_t u = 0; u < hidden; u += kLane)
-          store(d_c + b * padded + u, load_optional<S>(a.d_c_n, b * hidden + u, units_at(u, hidden)));
+          store(d_c + b * padded + u,
+                load_optional<S>(a.d_c_n, b * hidden + u, units_at(u, hidden)));
     }
   }
 
@@ -166,11 +176,13 @@ class BackwardPass {
     for (std::int64_t b = rows.begin; b < rows.end; ++b) {
       if (a.d_h0.defined())
         for (std::int64_t u = 0; u < width; u += kLane)
-          store_n(a.d_h0.ptr<S>() + b * width + u, load(d_h + b * padded_width + u), units_at(u, width));
+          store_n(a.d_h0.ptr<S>() + b * width + u, load(d_h + b * padded_width + u),
+                  units_at(u, width));
       if constexpr (Cell::kHasC)
         if (a.d_c0.defined())
           for (std::int64_t u = 0; u < hidden; u += kLane)
-            store_n(a.d_c0.ptr<S>() + b * hidden + u, load(d_c + b * padded + u), units_at(u, hidden));
+            store_n(a.d_c0.ptr<S>() + b * hidden + u, load(d_c + b * padded + u),
+                    units_at(u, hidden));
     }
   }
 
@@ -246,8 +258,8 @@ class BackwardPass {
     V gates[kGates], hidden, h_prev, c_prev, c_now, peephole[3];
   };
 
-  LMKERN_INLINE void load_unit(const Row& row, std::int64_t u, std::int64_t n, const V (&product)[kGates],
-                               Unit& unit) const {
+  LMKERN_INLINE void load_unit(const Row& row, std::int64_t u, std::int64_t n,
+                               const V (&product)[kGates], Unit& unit) const {
     const std::int64_t at = row.index * hidden + u, b = row.b;
     LMKERN_UNROLL
     for (int g = 0; g < kGates; ++g)
@@ -279,9 +291,11 @@ class BackwardPass {
     return o.peephole.defined() ? unit.peephole : nullptr;
   }
 
-  // The cell's gradient from d_act and, for c, what the output passed on; d_hh is left to the caller.
-  LMKERN_INLINE void update_gradient(const Row& row, std::int64_t u, std::int64_t n, const Unit& unit,
-                                     V (&d_act)[kGates], V d_c_read, V (&d_hh)[kGates]) {
+  // The cell's gradient from d_act and, for c, what the output passed on; d_hh is left to the
+  // caller.
+  LMKERN_INLINE void update_gradient(const Row& row, std::int64_t u, std::int64_t n,
+                                     const Unit& unit, V (&d_act)[kGates], V d_c_read,
+                                     V (&d_hh)[kGates]) {
     V d_c_now{}, bypass{};
     T* const carried = d_c + row.b * padded + u;
     const std::int64_t at = row.index * hidden + u;
@@ -294,14 +308,16 @@ class BackwardPass {
       }
       d_c_now += d_c_read;
     }
-    Cell::update_backward(unit.gates, unit.hidden, unit.c_prev, peephole_of(unit), d_act, d_hh, d_c_now);
+    Cell::update_backward(unit.gates, unit.hidden, unit.c_prev, peephole_of(unit), d_act, d_hh,
+                          d_c_now);
     if constexpr (Cell::kHasC) store(carried, row.reset ? V{} : bypass + d_c_now);
     LMKERN_UNROLL
     for (int g = 0; g < kGates; ++g)
       store_n(a.d_gates.ptr<S>() + row.index * depth + g * hidden + u, d_act[g], n);
   }
 
-  LMKERN_INLINE void keep_c(const Row& row, std::int64_t u, std::int64_t n, const Unit& unit) const {
+  LMKERN_INLINE void keep_c(const Row& row, std::int64_t u, std::int64_t n,
+                            const Unit& unit) const {
     if constexpr (Cell::kHasC)
       if (a.c_now.defined()) store_n(a.c_now.ptr<T>() + row.index * hidden + u, unit.c_now, n);
   }
@@ -329,15 +345,15 @@ class BackwardPass {
     return row.reset ? V{} : d_h_prev;
   }
 
-  // Under norm. LN's gradient: with x^ the normalised values and d = dL/d(x^), in vectors over a row,
-  // dL/dx = rstd (d - mean(d) - x^ mean(d x^)).
+  // Under norm. LN's gradient: with x^ the normalised values and d = dL/d(x^), in vectors over a
+  // row, dL/dx = rstd (d - mean(d) - x^ mean(d x^)).
   void normed_row(const Row& row, T* scratch) {
-    T* const d_normed = scratch;                      // [G][padded]: d of hh
-    T* const now = scratch + kGates * padded;         // [padded]: c_t before zoneout
+    T* const d_normed = scratch;                        // [G][padded]: d of hh
+    T* const now = scratch + kGates * padded;           // [padded]: c_t before zoneout
     T* const d_read = scratch + (kGates + 1) * padded;  // [padded]: d of c
     const T* const raw = a.hh.ptr<const T>() + row.index * depth;
-    const auto moments =
-        Moments<T>::of(depth, o.eps, [&](std::int64_t u, std::int64_t n) { return load_n(raw + u, n); });
+    const auto moments = Moments<T>::of(
+        depth, o.eps, [&](std::int64_t u, std::int64_t n) { return load_n(raw + u, n); });
     const auto normalised = [&](std::int64_t at, std::int64_t n) {
       return (load_n(raw + at, n) - moments.mean) * moments.rstd;
     };
@@ -345,8 +361,9 @@ class BackwardPass {
       V product[kGates];
       LMKERN_UNROLL
       for (int g = 0; g < kGates; ++g)
-        product[g] = normalised(g * hidden + u, n) * load_n(o.norm_hh.ptr<const S>() + g * hidden + u, n) +
-                     load_optional<S>(o.b_hh, g * hidden + u, n);
+        product[g] =
+            normalised(g * hidden + u, n) * load_n(o.norm_hh.ptr<const S>() + g * hidden + u, n) +
+            load_optional<S>(o.b_hh, g * hidden + u, n);
       load_unit(row, u, n, product, unit);
     };
 
@@ -359,16 +376,19 @@ class BackwardPass {
         unit_at(u, n, unit);
         store(now + u, unit.c_now);
       }
-      of_c = Moments<T>::of(hidden, o.eps, [&](std::int64_t u, std::int64_t n) { return load_n(now + u, n); });
+      of_c = Moments<T>::of(hidden, o.eps,
+                            [&](std::int64_t u, std::int64_t n) { return load_n(now + u, n); });
       V sum_d{}, sum_dx{};
       for (std::int64_t u = 0; u < hidden; u += kLane) {
         const std::int64_t n = units_at(u, hidden);
         Unit unit;
         unit_at(u, n, unit);
-        const V x = (unit.c_now - of_c.mean) * of_c.rstd, weight = load_n(o.norm_c_weight.ptr<const S>() + u, n);
+        const V x = (unit.c_now - of_c.mean) * of_c.rstd,
+                weight = load_n(o.norm_c_weight.ptr<const S>() + u, n);
         V d_act[kGates], d_normed_c{}, d_h_prev;
         Cell::output_backward(unit.gates, x * weight + load_n(o.norm_c_bias.ptr<const S>() + u, n),
-                              unit.h_prev, load(d_out + row.b * padded + u), d_act, d_normed_c, d_h_prev);
+                              unit.h_prev, load(d_out + row.b * padded + u), d_act, d_normed_c,
+                              d_h_prev);
         store_n(a.d_c_normed.ptr<S>() + row.index * hidden + u, d_normed_c, n);
         const V d = d_normed_c * weight;  // zero beyond n, as the weight is
         store(d_read + u, d);
@@ -388,10 +408,11 @@ class BackwardPass {
       V d_act[kGates], d_hh[kGates], d_c_read{}, d_h_prev, c_read = unit.c_now, x{};
       if (normed_c) {
         x = (unit.c_now - of_c.mean) * of_c.rstd;
-        c_read = x * load_n(o.norm_c_weight.ptr<const S>() + u, n) + load_n(o.norm_c_bias.ptr<const S>() + u, n);
+        c_read = x * load_n(o.norm_c_weight.ptr<const S>() + u, n) +
+                 load_n(o.norm_c_bias.ptr<const S>() + u, n);
       }
-      Cell::output_backward(unit.gates, c_read, unit.h_prev, load(d_out + row.b * padded + u), d_act,
-                            d_c_read, d_h_prev);
+      Cell::output_backward(unit.gates, c_read, unit.h_prev, load(d_out + row.b * padded + u),
+                            d_act, d_c_read, d_h_prev);
       if (normed_c) d_c_read = of_c.rstd * (load(d_read + u) - mean_d - x * mean_dx);
       update_gradient(row, u, n, unit, d_act, d_c_read, d_hh);
       if constexpr (Cell::kReadsH)

@@ -1,10 +1,11 @@
 // One step of a recurrent cell for a few rows (csrc/ops/recurrent.h).
 //
 // Parallel  threads own units; nothing is shared, so nobody waits.
-// Traffic   W_ih and W_hh once, straight from the caller's rows: at one or two rows of the batch a step is
-//           bound by reading them, and packing would read them twice. A row of W and the operand are
-//           both walked along k, so sums end up spread over lanes and are folded at the end: a vector
-//           of units costs one transposition for each gate.
+// Traffic   W_ih and W_hh once, straight from the caller's rows: at one or two rows of the batch a
+// step is
+//           bound by reading them, and packing would read them twice. A row of W and the operand
+//           are both walked along k, so sums end up spread over lanes and are folded at the end: a
+//           vector of units costs one transposition for each gate.
 // Limits    each group of kRows rows of the batch reads the weights again.
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
@@ -60,7 +61,8 @@ LMKERN_INLINE void dot_rows(std::int64_t depth, const S* const (&a)[M], const S*
       LMKERN_UNROLL
       for (int i = 0; i < width; ++i) sums[m][i] += sums[m][i + width];
     }
-    out[m] = lane_index<T>() < static_cast<typename VecTypes<T>::IntLane>(count) ? sums[m][0] : Vec<T>{};
+    out[m] =
+        lane_index<T>() < static_cast<typename VecTypes<T>::IntLane>(count) ? sums[m][0] : Vec<T>{};
   }
 }
 
@@ -178,12 +180,11 @@ void step_backward(const RecurrentStepBackwardArgs& a) {
                               d_h_prev);
         Vec<T> d_c = d_c_read;
         if constexpr (Cell::kHasC) d_c += load_optional<S>(a.d_c, at, n);
-        Cell::update_backward(gates, saved, c_prev, static_cast<const Vec<T>*>(nullptr), d_act, d_hh,
-                              d_c);
+        Cell::update_backward(gates, saved, c_prev, static_cast<const Vec<T>*>(nullptr), d_act,
+                              d_hh, d_c);
         for (int g = 0; g < kGates; ++g) {
           store_n(a.d_gates.ptr<S>() + row + g * hidden, d_act[g], n);
-          if constexpr (Cell::kSavesHidden)
-            store_n(a.d_hh.ptr<S>() + row + g * hidden, d_hh[g], n);
+          if constexpr (Cell::kSavesHidden) store_n(a.d_hh.ptr<S>() + row + g * hidden, d_hh[g], n);
         }
         if constexpr (Cell::kReadsH) store_n(a.d_h_prev.ptr<S>() + at, d_h_prev, n);
         if constexpr (Cell::kHasC) store_n(a.d_c_prev.ptr<S>() + at, d_c, n);
@@ -194,11 +195,10 @@ void step_backward(const RecurrentStepBackwardArgs& a) {
 }  // namespace
 
 void recurrent_step(const RecurrentStepArgs& a) {
-  dispatch_float_types(a.x.dtype, [&](auto storage) {
+  dispatch_float_types(a.h_next.dtype, [&](auto storage) {
     using S = typename decltype(storage)::type;
-    dispatch_cell<Accumulate<S>>(a.cell, [&](auto cell) {
-      StepPass<S, typename decltype(cell)::type>{a}.run();
-    });
+    dispatch_cell<Accumulate<S>>(
+        a.cell, [&](auto cell) { StepPass<S, typename decltype(cell)::type>{a}.run(); });
   });
 }
 

@@ -1,9 +1,11 @@
-// The product of a recurrent step, out = operand weights + bias, over panels of N vectors of columns.
+// The product of a recurrent step, out = operand weights + bias, over panels of N vectors of
+// columns.
 //
-// Weights are packed once for all steps. The operand is written by the epilogue of the step before, so
-// there are two of them. Two forms, chosen once per call:
+// Weights are packed once for all steps. The operand is written by the epilogue of the step before,
+// so there are two of them. Two forms, chosen once per call:
 //   vectors  csrc/cpu/gemm.h: panels in W, a storage type or what it accumulates in; any batch
-//   tiles    csrc/cpu/amx.h: float32 in three bfloat16 planes each, where the processor has tiles and
+//   tiles    csrc/cpu/amx.h: float32 in three bfloat16 planes each, where the processor has tiles
+//   and
 //            the batch fills them. Six bytes a weight, 2.7 times the rate of FMA
 #pragma once
 #include "core/memory.h"
@@ -149,10 +151,10 @@ class VectorProduct {
 
 #ifdef __AMX_BF16__
 // f(the form that is in use).
-#define LMKERN_FORM(call)                  \
-  if constexpr (kMayTile) {                \
-    if (tiles_) return tile_form_.call;    \
-  }                                        \
+#define LMKERN_FORM(call)               \
+  if constexpr (kMayTile) {             \
+    if (tiles_) return tile_form_.call; \
+  }                                     \
   return vector_form_.call
 #else
 #define LMKERN_FORM(call) return vector_form_.call
@@ -161,7 +163,8 @@ class VectorProduct {
 template <class S, class W, int N>
 class StepProduct {
   using T = Accumulate<S>;
-  static constexpr bool kMayTile = kHasTiles && sizeof(S) == sizeof(float) && sizeof(T) == sizeof(S);
+  static constexpr bool kMayTile =
+      kHasTiles && sizeof(S) == sizeof(float) && sizeof(T) == sizeof(S);
 
  public:
   static constexpr std::int64_t kColumns = N * kLanes<T>;  // of a panel
@@ -175,7 +178,8 @@ class StepProduct {
   LMKERN_INLINE void place_operands(Scratch& scratch, std::int64_t rows) {
     LMKERN_FORM(place_operands(scratch, rows));
   }
-  // A panel from a matrix whose rows are columns here: `counts[j]` rows from rows[j] on make vector j.
+  // A panel from a matrix whose rows are columns here: `counts[j]` rows from rows[j] on make vector
+  // j.
   LMKERN_INLINE void pack_rows(std::int64_t panel, const S* const (&rows)[N],
                                const std::int64_t (&counts)[N], std::int64_t stride) {
     LMKERN_FORM(pack_rows(panel, rows, counts, stride));
@@ -200,7 +204,8 @@ class StepProduct {
     LMKERN_FORM(set_operand(slot, row, k, v, n));
   }
   // nonzero: false where the operand is known to be zero.
-  LMKERN_INLINE void multiply(int slot, Range rows, std::int64_t panel, bool nonzero, T* out) const {
+  LMKERN_INLINE void multiply(int slot, Range rows, std::int64_t panel, bool nonzero,
+                              T* out) const {
     LMKERN_FORM(multiply(slot, rows, panel, nonzero, bias_ + panel * kColumns, out));
   }
 

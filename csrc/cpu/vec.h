@@ -101,9 +101,10 @@ LMKERN_INLINE void store(bfloat16* p, Vec<float> v) {
   __builtin_memcpy(p, &half, sizeof half);
 }
 
-// float16: by instruction where there is one, otherwise by moving bits. To float: the half's exponent
-// and mantissa, read as a float, are the value times 2^-112; denormals come out right too. From float:
-// adding 2^-1 pushes the bits that a denormal half cannot keep out of the mantissa, rounded.
+// float16: by instruction where there is one, otherwise by moving bits. To float: the half's
+// exponent and mantissa, read as a float, are the value times 2^-112; denormals come out right too.
+// From float: adding 2^-1 pushes the bits that a denormal half cannot keep out of the mantissa,
+// rounded.
 LMKERN_INLINE Vec<float> widen_half(HalfWords half) {
   const Words bits = __builtin_convertvector(half, Words), magnitude = (bits & 0x7fffu) << 13;
   const Words value = (Words)((Vec<float>)magnitude * 0x1p112f);

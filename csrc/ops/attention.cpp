@@ -29,8 +29,7 @@ void check_no_nan(const Check& check, const TensorView& mask) {
           const S* row =
               mask.ptr<const S>() + b * mask.strides[0] + h * mask.strides[1] + l * mask.strides[2];
           bool nan = false;
-          for (std::int64_t s = 0; s < extent[3]; ++s)
-            nan |= is_nan(row[s * mask.strides[3]]);
+          for (std::int64_t s = 0; s < extent[3]; ++s) nan |= is_nan(row[s * mask.strides[3]]);
           if (nan) check.fail("attn_mask must not contain NaN");
         }
   });

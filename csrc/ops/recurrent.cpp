@@ -24,7 +24,12 @@ Extents check_options(const Check& check, const RecurrentOptions& o, const Tenso
   check.dims("gates", gates, 2, "[N, G*H]");
   check.dims("w_hh", o.w_hh, 2, "[G*H, P]");
   const std::int64_t H = o.w_hh.shape[0] / G, P = o.w_hh.shape[1], N = gates.shape[0];
-  const Extents e{N, o.batch, G, H, P, gates.dtype,
+  const Extents e{N,
+                  o.batch,
+                  G,
+                  H,
+                  P,
+                  gates.dtype,
                   gates.dtype == DType::kFloat64 ? gates.dtype : DType::kFloat32};
   check.tensor("w_hh", o.w_hh, e.dtype, {G * H, P}, "[G*H, P]");
   check.tensor("gates", gates, e.dtype, {N, G * H}, "[N, G*H]");

@@ -15,23 +15,27 @@
 //               h_t is computed from the c_t before zoneout
 //   projection  h_t <- h_t W_hr^T                                                 (LSTM)
 //   reset       h_{t-1} = c_{t-1} = 0 in marked rows, before the step
-// Gradient      d_act of each gate from d_h and d_c as usual; d_gates is dL/dx', d_hh is dL/d(h W^T).
+// Gradient      d_act of each gate from d_h and d_c as usual; d_gates is dL/dx', d_hh is dL/d(h
+// W^T).
 //               They differ for the GRU (n's share is scaled by r) and under norm.
 //               d_h_{t-1} = m * (d_hh_t W_hh) + what z and zoneout pass on.
 //               Outside this kernel, as single products over all steps: d_W_ih, d_W_hh, d_x, d_b.
 // Shapes        G gates (4, 3, 1), H units, P = width of h (H, or the projection's).
 //               N rows in all: T * B for a rectangular batch; with batch_sizes, the rows of a
-//               PackedSequence: step t has batch_sizes[t] rows, they follow each other, and row b of a
-//               step continues row b of the step before.
-// Layout        all contiguous. dtype S: one of float32, float64, bfloat16, float16 for all, but what
+//               PackedSequence: step t has batch_sizes[t] rows, they follow each other, and row b
+//               of a step continues row b of the step before.
+// Layout        all contiguous. dtype S: one of float32, float64, bfloat16, float16 for all, but
+// what
 //               is marked A (accumulate) is float64 for float64 and float32 otherwise.
 // Aliasing      gates is updated in place: x' in, activations out. Outputs alias nothing.
-// Numerics      accumulation in A, one chain over k; the recurrence itself is never rounded to S, only
+// Numerics      accumulation in A, one chain over k; the recurrence itself is never rounded to S,
+// only
 //               what is written out. Same bits for any number of threads.
-// Source        Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; peepholes: Gers
-//               & Schmidhuber 2000; Cho et al. 2014, in cuDNN's variant with b_hn inside r * (.); Elman
-//               1990; layer norm: Ba et al. 2016; zoneout: Krueger et al. 2017; recurrent dropout: Gal &
-//               Ghahramani 2016; projection: Sak et al. 2014.
+// Source        Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; peepholes:
+// Gers
+//               & Schmidhuber 2000; Cho et al. 2014, in cuDNN's variant with b_hn inside r * (.);
+//               Elman 1990; layer norm: Ba et al. 2016; zoneout: Krueger et al. 2017; recurrent
+//               dropout: Gal & Ghahramani 2016; projection: Sak et al. 2014.
 #pragma once
 #include "core/tensor_view.h"
 
@@ -42,41 +46,41 @@ enum class RecurrentCell : int { kLstm, kGru, kRnnTanh, kRnnRelu, kRnnSigmoid };
 // What both passes read besides their activations. Absent views switch an option off.
 struct RecurrentOptions {
   RecurrentCell cell;
-  bool reverse;             // step T-1 first
-  std::int64_t batch;       // B
-  TensorView w_hh;          // [G*H, P]
-  TensorView b_hh;          // [G*H]
-  TensorView w_hr;          // [P, H]
-  TensorView peephole;      // [3H]: i, f, o
-  TensorView norm_hh;       // [G*H] gain
-  TensorView norm_c_weight; // [H]
-  TensorView norm_c_bias;   // [H]
+  bool reverse;              // step T-1 first
+  std::int64_t batch;        // B
+  TensorView w_hh;           // [G*H, P]
+  TensorView b_hh;           // [G*H]
+  TensorView w_hr;           // [P, H]
+  TensorView peephole;       // [3H]: i, f, o
+  TensorView norm_hh;        // [G*H] gain
+  TensorView norm_c_weight;  // [H]
+  TensorView norm_c_bias;    // [H]
   double eps;
-  TensorView h_mask;        // [B, P]
-  TensorView zoneout_h;     // bool [N, P]
-  TensorView zoneout_c;     // bool [N, H]
+  TensorView h_mask;     // [B, P]
+  TensorView zoneout_h;  // bool [N, P]
+  TensorView zoneout_c;  // bool [N, H]
   double zoneout_h_rate, zoneout_c_rate;
-  TensorView reset;         // bool [N]
-  TensorView batch_sizes;   // int64 [T]; absent: T = N / B steps of B rows
+  TensorView reset;        // bool [N]
+  TensorView batch_sizes;  // int64 [T]; absent: T = N / B steps of B rows
 };
 
 struct RecurrentForwardArgs {
   RecurrentOptions options;
-  TensorView gates;   // [N, G*H] in: x' ; out: activations, if `save`
-  TensorView h0;      // [B, P], absent: zeros
-  TensorView c0;      // [B, H], absent: zeros
-  TensorView first_hh;  // [B, G*H]: h0 W_hh^T, for a single step only; then w_hh is not read
-  TensorView y;       // [N, P] out
-  TensorView h_n;     // [B, P] out
-  TensorView c_n;     // [B, H] out (LSTM)
-  TensorView cells;   // A [N, H] out: c_t; absent: not wanted
-  TensorView hidden;  // A [N, H] out: the GRU's hh_n; absent: not wanted
-  TensorView hh;      // A [N, G*H] out: h W_hh^T before norm; absent: not wanted
+  TensorView gates;        // [N, G*H] in: x' ; out: activations, if `save`
+  TensorView h0;           // [B, P], absent: zeros
+  TensorView c0;           // [B, H], absent: zeros
+  TensorView first_hh;     // [B, G*H]: h0 W_hh^T, for a single step only; then w_hh is not read
+  TensorView y;            // [N, P] out
+  TensorView h_n;          // [B, P] out
+  TensorView c_n;          // [B, H] out (LSTM)
+  TensorView cells;        // A [N, H] out: c_t; absent: not wanted
+  TensorView hidden;       // A [N, H] out: the GRU's hh_n; absent: not wanted
+  TensorView hh;           // A [N, G*H] out: h W_hh^T before norm; absent: not wanted
   TensorView unprojected;  // [N, H] out: o * tanh(c); absent: not wanted
   bool save;               // write activations back to gates
-  TensorView packed;       // float32 [enough]: packed weights, for several calls with the same ones;
-                           // absent: packed for this call
-  bool packed_ready;       // an earlier call with the same weights, batch and threads has packed
+  TensorView packed;  // float32 [enough]: packed weights, for several calls with the same ones;
+                      // absent: packed for this call
+  bool packed_ready;  // an earlier call with the same weights, batch and threads has packed
 };
 
 struct RecurrentBackwardArgs {
@@ -91,16 +95,18 @@ struct RecurrentBackwardArgs {
   TensorView gates;    // [N, G*H] activations, or x' if `recompute`
   TensorView cells;    // A [N, H] (LSTM)
   TensorView hidden;   // A [N, H] (GRU)
-  TensorView hh;       // A [N, G*H]: under norm h W_hh^T; with `recompute` h W_hh^T + b_hh otherwise
+  TensorView hh;  // A [N, G*H]: under norm h W_hh^T; with `recompute` h W_hh^T + b_hh otherwise
   TensorView d_gates;  // [N, G*H] out
   TensorView d_hh;     // [N, G*H] out, where it differs from d_gates
   TensorView d_h;      // [N, P] out: dL/dh before the projection's product; projection only
-  TensorView d_normed;    // [N, G*H] out: dL/d(LN(h W^T) * gain + b_hh); norm only, absent: not wanted
+  TensorView
+      d_normed;  // [N, G*H] out: dL/d(LN(h W^T) * gain + b_hh); norm only, absent: not wanted
   TensorView d_c_normed;  // [N, H] out: dL/d(LN(c) * weight + bias); norm only
-  TensorView c_now;    // A [N, H] out: c_t before zoneout, absent: not wanted
-  TensorView d_h0;     // [B, P] out, absent: not wanted; of a rectangle's single step without m * (d_hh W_hh)
-  TensorView d_c0;     // [B, H] out, absent: not wanted
-  bool recompute;      // gates are computed again from x' and hh
+  TensorView c_now;       // A [N, H] out: c_t before zoneout, absent: not wanted
+  TensorView
+      d_h0;  // [B, P] out, absent: not wanted; of a rectangle's single step without m * (d_hh W_hh)
+  TensorView d_c0;  // [B, H] out, absent: not wanted
+  bool recompute;   // gates are computed again from x' and hh
 };
 
 // One step without options, and its gradient but for the products with the weights.
@@ -127,16 +133,16 @@ struct RecurrentStepArgs {
 
 struct RecurrentStepBackwardArgs {
   RecurrentCell cell;
-  TensorView d_h;      // [B, H], absent: zeros
-  TensorView d_c;      // [B, H], absent: zeros
-  TensorView gates;    // [B, G*H] activations
-  TensorView hidden;   // A [B, H] (GRU)
-  TensorView h;        // [B, H], absent: zeros
-  TensorView c;        // [B, H], absent: zeros
-  TensorView d_gates;  // [B, G*H] out: dL/d(from_x)
-  TensorView d_hh;     // [B, G*H] out: dL/d(from_h), where it differs (GRU)
-  TensorView d_h_prev; // [B, H] out: the part of dL/dh that bypasses W_hh (GRU)
-  TensorView d_c_prev; // [B, H] out (LSTM)
+  TensorView d_h;       // [B, H], absent: zeros
+  TensorView d_c;       // [B, H], absent: zeros
+  TensorView gates;     // [B, G*H] activations
+  TensorView hidden;    // A [B, H] (GRU)
+  TensorView h;         // [B, H], absent: zeros
+  TensorView c;         // [B, H], absent: zeros
+  TensorView d_gates;   // [B, G*H] out: dL/d(from_x)
+  TensorView d_hh;      // [B, G*H] out: dL/d(from_h), where it differs (GRU)
+  TensorView d_h_prev;  // [B, H] out: the part of dL/dh that bypasses W_hh (GRU)
+  TensorView d_c_prev;  // [B, H] out (LSTM)
 };
 
 void recurrent_forward(const RecurrentForwardArgs& args);

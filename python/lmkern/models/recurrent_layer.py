@@ -7,16 +7,14 @@ above it, so that both backends start from the same values and drop the same one
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._warnings import warn_once
 from .pretrained import Backend
 
 Cell = Literal["lstm", "gru", "rnn"]
@@ -72,7 +70,7 @@ class RecurrentLayer(nn.Module):
             ones = self.weight_hh.new_ones(x.shape[1], self.hidden_size)
             h_mask = F.dropout(ones, self.recurrent_dropout)
         hx: Any = state[0] if state is not None and self.cell != "lstm" else state
-        run = recurrence(self.cell, self.backend, h_mask is not None)
+        run = recurrence(self.cell, self.backend)
         options = {} if h_mask is None else {"h_mask": h_mask}
         y, last = run(x, self.weight_ih, w_hh, self.bias_ih, self.bias_hh, hx, **options)
         return y, last if self.cell == "lstm" else (last,)
@@ -81,16 +79,12 @@ class RecurrentLayer(nn.Module):
         return f"{self.cell}, {self.input_size}, {self.hidden_size}, backend={self.backend}"
 
 
-def recurrence(cell: Cell, backend: Backend, masked: bool) -> Callable[..., Any]:
-    """The function that runs `cell`: lmkern's, or torch's where asked for or where it has none."""
+def recurrence(cell: Cell, backend: Backend) -> Callable[..., Any]:
+    """The function that runs `cell`, lmkern's or torch's."""
     if backend == "lmkern":
-        import lmkern.functional
+        from lmkern.functional import gru, lstm, rnn
 
-        ours = getattr(lmkern.functional, cell, None)
-        if ours is not None and (not masked or "h_mask" in inspect.signature(ours).parameters):
-            return cast(Callable[..., Any], ours)
-        what = "recurrent_dropout" if masked else f"cell {cell!r}"
-        warn_once(f"RecurrentLM: no kernel for {what} yet, running torch's operators")
+        return {"lstm": lstm, "gru": gru, "rnn": rnn}[cell]
     theirs: dict[str, Callable[..., Any]] = {"lstm": torch_lstm, "gru": torch_gru, "rnn": torch_rnn}
     return theirs[cell]
 

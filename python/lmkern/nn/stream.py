@@ -65,7 +65,9 @@ class StreamState:
             self._buffers = [
                 [self._like.new_zeros(batch_size, width) for width in widths] for _ in range(2)
             ]
-            self.c = [self._like.new_zeros(batch_size, hidden) for hidden in hiddens] if lstm else []
+            self.c = (
+                [self._like.new_zeros(batch_size, hidden) for hidden in hiddens] if lstm else []
+            )
             self._parity = 0
             if hx is not None:
                 self.set(hx)
@@ -81,7 +83,8 @@ class StreamState:
         h, c = hx if isinstance(hx, (tuple, list)) and self.c else (hx, ())
         if len(h) != len(self.h) or len(c) != len(self.c):
             raise ValueError(
-                f"stream: hx must have {len(self.h)} layers, got {len(h)}" + (f" and {len(c)}" if c else "")
+                f"stream: hx must have {len(self.h)} layers, got {len(h)}"
+                + (f" and {len(c)}" if len(c) else "")
             )
         for target, value in zip([*self.h, *self.c], [*h, *c], strict=True):
             if target.shape != value.shape:
@@ -118,9 +121,7 @@ class StreamState:
             for n, group in enumerate(module.all_weights):
                 w = [t.detach().contiguous() for t in group] + [None] * (4 - len(group))
                 c = self.c[n] if self.c else None
-                layers.append(
-                    (*w, now[n], c, following[n], None, c, None, None, None)
-                )
+                layers.append((*w, now[n], c, following[n], None, c, None, None, None))
             calls.append(layers)
         return calls
 

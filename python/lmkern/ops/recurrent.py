@@ -77,7 +77,7 @@ class RecurrenceFunction(torch.autograd.Function):
         grads = torch.ops.lmkern.recurrent_backward(
             *inputs, *options, d_y, d_h_n, d_c_n, d_c, y, *kept, need
         )
-        return (*(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 8)
+        return (*(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 7)
 
 
 def _run_reference(options: Any, want_cells: bool, *inputs: Any) -> tuple[Tensor, ...]:

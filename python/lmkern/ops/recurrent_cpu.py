@@ -17,7 +17,7 @@ from lmkern.ops.recurrent_rows import Rows, rows_of
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_sigmoid")
 GATES = (4, 3, 1, 1, 1)
 
-DIFFERENTIABLE = 12  # the first so many of Inputs
+DIFFERENTIABLE = 13  # the first so many of Inputs
 
 
 class Inputs(NamedTuple):
@@ -161,7 +161,9 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     chunk = _steps_of_a_chunk(i, o, rows, save)
     with plain_products():
         if chunk:
-            _forward_in_chunks(i, o, options, rows, chunk, h0, c0, packed_y, packed_h, packed_c, cells)
+            _forward_in_chunks(
+                i, o, options, rows, chunk, h0, c0, packed_y, packed_h, packed_c, cells
+            )
         else:
             gates = saved.gates[:n] if saved.gates.numel() else i.x.new_empty(n, wide)
             if gates.numel() > _LARGE:
@@ -350,6 +352,11 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
                 c_prev = c_prev.masked_fill(rows.pack(i.reset_mask).unsqueeze(1), 0)
             d_i, d_f, _, d_o = d_gates.to(wider).chunk(4, 1)
             put(8, torch.cat([(d_i * c_prev).sum(0), (d_f * c_prev).sum(0), (d_o * c_now).sum(0)]))
+        if need[12] and i.h_mask is not None:
+            h = rows.previous(packed_y, h0, o.reverse)
+            if i.reset_mask is not None:
+                h = h.masked_fill(rows.pack(i.reset_mask).unsqueeze(1), 0)
+            put(12, rows.unsorted(rows.sum_steps(matmul(d_hh, i.w_hh) * h)))
         if need[9] and hh is not None:
             put(9, (d_normed.to(wider) * F.layer_norm(hh, (wide,), eps=o.eps)).sum(0))
         if d_c_normed is not None and c_now is not None:

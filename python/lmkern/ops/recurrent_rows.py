@@ -63,6 +63,10 @@ class Rows:
         assert x is not None
         return x.repeat(self.count // max(self.batch, 1), 1)
 
+    def sum_steps(self, x: Tensor) -> Tensor:
+        """[N, P] summed over the steps of each row of the batch: [B, P]."""
+        return x.view(-1, self.batch, x.shape[1]).sum(0)
+
     def previous(self, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
         """[N, P]: y of the step before each row's, ``initial`` (or zeros) for its first."""
         if initial is None:
@@ -114,6 +118,9 @@ class PackedRows(Rows):
     def each_step(self, x: Tensor | None) -> Tensor:
         assert x is not None
         return x.index_select(0, self._positions()[1])
+
+    def sum_steps(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self.batch, x.shape[1]).index_add_(0, self._positions()[1], x)
 
     def previous(self, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
         assert self.batch_sizes is not None

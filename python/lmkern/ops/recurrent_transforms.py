@@ -39,7 +39,15 @@ def vmap_forward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     op = torch.ops.lmkern.recurrent_forward
     i, dims = Inputs(*args[:18]), Inputs(*in_dims[:18])
     save = args[24]
-    of_batch = {"x": 1, "h0": 0, "c0": 0, "h_mask": 0, "zoneout_h": 1, "zoneout_c": 1, "reset_mask": 1}
+    of_batch = {
+        "x": 1,
+        "h0": 0,
+        "c0": 0,
+        "h_mask": 0,
+        "zoneout_h": 1,
+        "zoneout_c": 1,
+        "reset_mask": 1,
+    }
     mapped = {name for name, dim in dims._asdict().items() if dim is not None}
     if save or i.lengths is not None or i.batch_sizes is not None or not mapped <= of_batch.keys():
         return _one_by_one(op, info, in_dims, args)
@@ -102,7 +110,11 @@ class RecurrenceTransform(torch.autograd.Function):
             ctx.reference, ctx.options, ctx.want_cells, need, d_y, d_h_n,
             d_c_n if lstm else None, d_c if ctx.want_cells else None, *saved,
         )  # fmt: skip
-        return (None,) * 3 + tuple(g if n else None for g, n in zip(grads, need, strict=True)) + (None,) * 6
+        return (
+            (None,) * 3
+            + tuple(g if n else None for g, n in zip(grads, need, strict=True))
+            + (None,) * 5
+        )
 
 
 class _Gradient(torch.autograd.Function):
@@ -143,7 +155,8 @@ class _Gradient(torch.autograd.Function):
             slots = [0, 1] + [2] * (ctx.options[0] == 0) + [3] * bool(ctx.want_cells)
             return pull_back(
                 tuple(
-                    given.get(slot, torch.zeros_like(v)) for slot, v in zip(slots, values, strict=True)
+                    given.get(slot, torch.zeros_like(v))
+                    for slot, v in zip(slots, values, strict=True)
                 )
             )
 

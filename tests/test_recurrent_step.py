@@ -1,0 +1,159 @@
+"""Single steps: cells the short way, and `stream`/`step` token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lmkern
+from lmkern import _C
+from lmkern.ops import recurrent_step
+from oracle import assert_oracle
+
+CELLS = ["LSTM", "GRU", "RNN"]
+
+
+def cell_function(kind: str, module_type):
+    """The cell as a function of (x, h[, c], w_ih, w_hh, b_ih, b_hh)."""
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+    def run(x, *rest):
+        states, weights = rest[:-4], rest[-4:]
+        module = module_type(x.shape[1], weights[1].shape[1])
+        hx = states if kind == "LSTM" else states[0]
+        out = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x, hx))
+        return tuple(out) if kind == "LSTM" else (out,)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize(
+    "size", [(1, 5, 7), (3, 9, 41), (4, 64, 64), (9, 7, 59), (130, 33, 48)], ids=str
+)
+@pytest.mark.parametrize("kind", CELLS)
+def test_oracle(isa, kind, size, dtype):
+    B, I, H = size
+    G = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
+    states = [(B, H)] * (2 if kind == "LSTM" else 1)
+    shapes = [(B, I), *states, (G * H, I), (G * H, H), (G * H,), (G * H,)]
+    scales = [1.0, *[1.0] * len(states), I**-0.5, H**-0.5, 0.5, 0.5]
+    inputs = [(torch.randn(s) * k).to(dtype) for s, k in zip(shapes, scales, strict=True)]
+    ours, theirs = (getattr(m, f"{kind}Cell") for m in (lmkern.nn, torch.nn))
+    assert_oracle(cell_function(kind, ours), cell_function(kind, theirs), inputs)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("batch", [1, 6])
+def test_the_short_way_is_taken_and_differentiates_twice(kind, batch, monkeypatch):
+    called = []
+    kernel = _C.recurrent_step
+    monkeypatch.setattr(_C, "recurrent_step", lambda *a: (called.append(1), kernel(*a))[1])
+    cell = getattr(lmkern.nn, f"{kind}Cell")(4, 5, dtype=torch.float64)
+    x = torch.randn(batch, 4, dtype=torch.float64, requires_grad=True)
+
+    def run(v):
+        out = cell(v)
+        return out[0] if kind == "LSTM" else out
+
+    assert torch.autograd.gradcheck(run, (x,)) and torch.autograd.gradgradcheck(run, (x,))
+    assert called
+    called.clear()
+    with torch.no_grad():
+        cell(x)
+    assert called == [1]
+
+
+def test_what_does_not_fit_takes_the_usual_way():
+    w = torch.randn(20, 4), torch.randn(20, 5), torch.randn(20), torch.randn(20)
+    x, h, c = torch.randn(2, 4), torch.randn(2, 5), torch.randn(2, 5)
+    run = recurrent_step.plain_step
+    assert run(0, x, h, c, *w) is not None
+    assert run(0, x, h[:1], c, *w) is None
+    assert run(0, x.long(), h, c, *w) is None
+    assert run(0, x[:0], h[:0], c[:0], *w) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(0, x, h, c, *w) is None
+    with pytest.raises(ValueError, match="lstm_cell: h0 must be"):
+        lmkern.functional.lstm_cell(x, (h[:1], c), *w)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"num_layers": 3}, {"batch_first": True}], ids=str
+)
+@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.mark.parametrize("kind", CELLS)
+def test_steps_equal_the_sequence(isa, kind, batch, options):
+    module = getattr(lmkern.nn, kind)(5, 19, **options).eval()
+    x = torch.randn(6, batch, 5)
+    y, final = module(x.transpose(0, 1) if module.batch_first else x)
+    y = y.transpose(0, 1) if module.batch_first else y
+    state = module.stream(batch)
+    steps = torch.stack([module.step(v, state).clone() for v in x])
+    torch.testing.assert_close(steps, y.detach(), atol=1e-5, rtol=1e-5)
+    h, c = final if kind == "LSTM" else (final, None)
+    torch.testing.assert_close(torch.stack(state.h), h.detach(), atol=1e-5, rtol=1e-5)
+    if c is not None:
+        torch.testing.assert_close(torch.stack(state.c), c.detach(), atol=1e-5, rtol=1e-5)
+    resumed = module.stream(batch, final)
+    again = module.step(x[0], resumed).clone()
+    torch.testing.assert_close(again, module.step(x[0], state), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"layer_norm": True}, {"peephole": True}, {"proj_size": 3}, {"zoneout": (0.2, 0.1)}],
+    ids=str,
+)
+def test_steps_with_options(options):
+    module = lmkern.nn.LSTM(5, 8, **options).eval()
+    x = torch.randn(4, 2, 5)
+    state = module.stream(2)
+    steps = torch.stack([module.step(v, state).clone() for v in x])
+    torch.testing.assert_close(steps, module(x)[0].detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_steps_allocate_nothing_and_see_changed_weights():
+    module = lmkern.nn.LSTM(5, 8).eval()
+    state = module.stream(1)
+    x = torch.randn(1, 5)
+    buffers = {module.step(x, state).data_ptr() for _ in range(6)}
+    assert len(buffers) == 2
+    state.reset()
+    before = module.step(x, state).clone()
+    module.weight_ih_l0.data.mul_(2)
+    state.reset()
+    after = module.step(x, state).clone()
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, module(x[None])[0][0].detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_reset_of_some_rows():
+    module = lmkern.nn.GRU(5, 8).eval()
+    state = module.stream(3)
+    x = torch.randn(3, 5)
+    first = module.step(x, state).clone()
+    module.step(x, state)
+    state.reset(torch.tensor([True, False, True]))
+    third = module.step(x, state)
+    assert torch.equal(third[0], first[0]) and torch.equal(third[2], first[2])
+    assert not torch.equal(third[1], first[1])
+
+
+def test_bad_streams():
+    module = lmkern.nn.LSTM(5, 8, num_layers=2)
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
+        module.stream(0)
+    with pytest.raises(ValueError, match="hx must have 2 layers, got 1"):
+        module.stream(1, (torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)))
+    with pytest.raises(ValueError, match="bidirectional must be False"):
+        lmkern.nn.GRU(5, 8, bidirectional=True).stream()
+    with pytest.raises(ValueError, match=r"x must be \[B, I\]"):
+        module.step(torch.zeros(5), module.stream(1))
+    with pytest.raises(ValueError, match=r"w_ih must be"):
+        module.step(torch.zeros(1, 4), module.stream(1))
+    with pytest.raises(ValueError, match="call eval"):
+        noisy = lmkern.nn.LSTM(5, 8, weight_drop=0.5)
+        noisy.step(torch.zeros(1, 5), noisy.stream(1))
