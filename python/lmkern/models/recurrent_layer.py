@@ -84,7 +84,8 @@ def recurrence(cell: Cell, backend: Backend) -> Callable[..., Any]:
     if backend == "lmkern":
         from lmkern.functional import gru, lstm, rnn
 
-        return {"lstm": lstm, "gru": gru, "rnn": rnn}[cell]
+        ours: dict[str, Callable[..., Any]] = {"lstm": lstm, "gru": gru, "rnn": rnn}
+        return ours[cell]
     theirs: dict[str, Callable[..., Any]] = {"lstm": torch_lstm, "gru": torch_gru, "rnn": torch_rnn}
     return theirs[cell]
 

@@ -1,4 +1,4 @@
-"""Recurrent layers: one layer, one direction, a whole sequence. Math and layouts: csrc/ops/recurrent.h."""
+"""Recurrent layers: one layer, one direction, all steps. Math and layouts: csrc/ops/recurrent.h."""
 
 from __future__ import annotations
 

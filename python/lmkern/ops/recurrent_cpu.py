@@ -173,7 +173,8 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
             if h0 is not None and rows.single:  # a single product is not worth packing w_hh for
                 operand = _recurrent_operand(i, rows, packed_y, o.reverse)
                 first_hh = matmul(operand, i.w_hh, transpose_b=True)
-            _C.recurrent_forward(
+            forward: Any = _C.recurrent_forward
+            forward(
                 *options, gates, h0, c0, first_hh, packed_y, packed_h,
                 packed_c if o.cell == 0 else None, cells, _rows(saved.hidden, n),
                 _rows(saved.hh, n), _rows(saved.unprojected, n), saved.gates.numel() > 0, None, False,
@@ -230,7 +231,8 @@ def _forward_in_chunks(
         gates = buffer[: part.stop - part.start]
         _project(i, x[part], gates)
         first = at == (starts[-1] if o.reverse else 0)
-        _C.recurrent_forward(
+        forward: Any = _C.recurrent_forward
+        forward(
             *options, gates, h0 if first else h, (c0 if first else c) if o.cell == 0 else None, None,
             y[part], h, c if o.cell == 0 else None, None if cells is None else cells[part], None, None,
             None, False, packed, not first,
@@ -260,11 +262,12 @@ def backward_fake(*args: Any) -> tuple[Tensor, ...]:
 def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     i, o = Inputs(*args[:18]), Options(*args[18:24])
     d_y, d_h_n, d_c_n, d_cells, y = args[24:29]
-    kept, need = args[29:34], args[34]
+    kept = args[29:34]
+    need = [n and t is not None for n, t in zip(args[34], i[:DIFFERENTIABLE], strict=True)]
     rows = rows_of(i.x, i.lengths, i.batch_sizes, _batch(i))
     n, wide, width = rows.count, i.w_hh.shape[0], i.w_hh.shape[1]
     hidden = wide // GATES[o.cell]
-    lstm, gru = o.cell == 0, o.cell == 1
+    gru = o.cell == 1
     norm, normed_c = i.norm_hh is not None, i.norm_cell_weight is not None
     wider = accumulate_dtype(i.x.dtype)
     gates, cells, saved_hidden, hh, unprojected = (_rows(t, n) for t in kept)
@@ -297,7 +300,8 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     d_c0 = new(rows.batch, hidden) if need[6] else None
     if d_gates.numel() > _LARGE:
         _C.prefer_huge_pages(d_gates)
-    _C.recurrent_backward(
+    backward: Any = _C.recurrent_backward
+    backward(
         *_kernel_options(i, o, rows), rows.pack(d_y), rows.sort(d_h_n), rows.sort(d_c_n),
         rows.pack(d_cells), h0, c0, packed_y, gates, cells, saved_hidden, hh, d_gates, d_hh, d_h,
         d_normed, d_c_normed, c_now, d_h0, d_c0, o.recompute,

@@ -70,7 +70,7 @@ def vmap_forward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
             return tensor.new_empty(info.batch_size, *tensor.shape)
         return tensor.unflatten(at, (info.batch_size, -1)).movedim(at, 0)
 
-    outputs = (narrow(y, 1), narrow(h_n, 0), narrow(c_n, 0), narrow(c, 1))
+    outputs: tuple[Tensor, ...] = (narrow(y, 1), narrow(h_n, 0), narrow(c_n, 0), narrow(c, 1))
     outputs += tuple(narrow(t, 0) for t in kept)
     return outputs, (0,) * len(outputs)
 
@@ -150,7 +150,8 @@ class _Gradient(torch.autograd.Function):
                     full[n] = value
                 return run(*full)
 
-            values, pull_back = torch.func.vjp(outputs, *leaves[: len(wanted)])
+            pulled: Any = torch.func.vjp(outputs, *leaves[: len(wanted)])
+            values, pull_back = pulled
             given = dict(zip(cotangents, leaves[len(wanted) :], strict=True))
             slots = [0, 1] + [2] * (ctx.options[0] == 0) + [3] * bool(ctx.want_cells)
             return pull_back(
@@ -161,7 +162,8 @@ class _Gradient(torch.autograd.Function):
             )
 
         leaves = [inputs[n] for n in wanted] + [d_outputs[n] for n in cotangents]
-        _, pull_back = torch.func.vjp(gradient, *leaves)
+        pulled: Any = torch.func.vjp(gradient, *leaves)
+        _, pull_back = pulled
         result = pull_back(tuple(grads[n] for n in wanted))
         d_inputs: list[Tensor | None] = [None] * 18
         d_cotangents: list[Tensor | None] = [None] * 4
