@@ -17,7 +17,7 @@ from lmkern import _C, reference
 from lmkern.functional import scaled_dot_product_attention as attention
 from oracle import assert_oracle, outputs_and_gradients
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # B, H, L, S, D, Dv
 SIZES = [
     (1, 1, 1, 1, 1, 1),

@@ -15,7 +15,7 @@ from lmkern import _C
 from lmkern.functional import embedding
 from oracle import assert_oracle
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,8 +2,8 @@
 
 All functions are differentiable (twice, too), work under ``torch.compile``, autocast and
 ``torch.func``, and fall back to plain torch operations, with one :class:`lmkern.LmkernWarning`, where
-there is no kernel for a device or dtype. Kernels exist on the CPU for float32, float64 and bfloat16,
-the recurrent ones for float16 too.
+there is no kernel for a device or dtype. Kernels exist on the CPU for float32, float64, bfloat16 and
+float16.
 Bad arguments raise ``ValueError``, ``TypeError`` or ``IndexError`` naming the argument, what was
 expected and what came; nothing has been computed then.
 """
