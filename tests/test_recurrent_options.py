@@ -680,3 +680,23 @@ def test_lengths_cost_no_gradient_where_nothing_ran():
     assert torch.equal(h_n[:, 0], h0[:, 0]) and (y[:, 0] == 0).all()
     (grad,) = torch.autograd.grad(h_n[:, 0].sum(), h0)
     assert (grad[:, 0] == 1).all() and (grad[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "recompute", "values"),
+    [("LSTM", False, 6), ("LSTM", True, 2), ("GRU", False, 5), ("GRU", True, 1), ("RNN", False, 2), ("RNN", True, 1)],
+)  # fmt: skip
+def test_memory_that_the_documentation_states(kind, recompute, values):
+    """Saved values for each unit and step, the output among them."""
+    T, B, H = 60, 8, 64  # larger than any weight
+    module = getattr(lmkern.nn, kind)(16, H, recompute=recompute)
+    seen: dict[int, int] = {}
+
+    def keep(tensor):
+        if tensor.numel() >= T * B * H:
+            seen[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(torch.randn(T, B, 16))
+    assert sum(seen.values()) == values * T * B * H

@@ -4,6 +4,7 @@ from lmkern.nn.embedding import Embedding
 from lmkern.nn.recurrent import GRU, LSTM, RNN
 from lmkern.nn.recurrent_base import RNNBase
 from lmkern.nn.recurrent_cell import GRUCell, LSTMCell, RNNCell, RNNCellBase
+from lmkern.nn.stream import StreamState
 
 __all__ = [
     "GRU",
@@ -15,4 +16,5 @@ __all__ = [
     "RNNBase",
     "RNNCell",
     "RNNCellBase",
+    "StreamState",
 ]

@@ -43,7 +43,8 @@ class LSTM(RNNBase):
         recurrent_dropout: probability of dropping a value of h on its way into W_hh, with one mask for
             the whole sequence.
         weight_drop: probability of dropping a weight of W_hh, with one mask for each call.
-        recompute: keep only h and c for the backward and compute the gates again.
+        recompute: keep only h and c for the backward and compute the gates again: 2 values for each
+            unit and step in place of 6 (GRU: 1 in place of 5, RNN: 1 in place of 2).
         hidden_sizes: a size for each layer, ending in ``hidden_size``; ``num_layers`` may stay 1. The
             states are then tuples, see below. Excludes ``proj_size``.
         peephole: i, f and o also see the cell, through ``peephole_l*`` [3H].
