@@ -275,3 +275,9 @@ def test_bad_arguments(change, error, match):
     with pytest.raises(error, match=match) as caught:
         _C.matmul(*{**args, **flags, **change}.values())
     assert "\n" not in str(caught.value)
+
+
+def test_a_nan_beside_an_inf_is_seen_by_any_number_of_threads():
+    a, b = torch.rand(256, 64), torch.rand(64, 64)
+    a[0, 0], a[1, 0] = torch.nan, torch.inf
+    assert (library.matmul(a, b)[1] == torch.inf).all()

@@ -157,3 +157,60 @@ def test_bad_streams():
     with pytest.raises(ValueError, match="call eval"):
         noisy = lmkern.nn.LSTM(5, 8, weight_drop=0.5)
         noisy.step(torch.zeros(1, 5), noisy.stream(1))
+
+
+def test_a_stream_that_goes_on_from_a_prompt_is_outside_of_its_graph():
+    module = lmkern.nn.LSTM(5, 7)
+    _, hx = module(torch.randn(3, 2, 5))
+    state = module.stream(2)
+    state.set(hx)
+    for _ in range(3):
+        assert not module.step(torch.randn(2, 5), state).requires_grad
+    assert not any(c.requires_grad for c in state.c)
+
+
+def test_streams_of_strided_input_and_parametrized_weights():
+    module = lmkern.nn.GRU(5, 7, batch_first=True).eval()
+    x = torch.randn(3, 4, 5)
+    state = module.stream(3)
+    steps = torch.stack([module.step(x[:, t], state).clone() for t in range(4)], 1)
+    torch.testing.assert_close(steps, module(x)[0].detach())
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    state = module.stream(3)
+    module.step(x[:, 0], state)
+    with torch.no_grad():
+        module.parametrizations.weight_hh_l0.original0.mul_(0.5)
+    state.reset()
+    steps = torch.stack([module.step(x[:, t], state).clone() for t in range(4)], 1)
+    torch.testing.assert_close(steps, module(x)[0].detach())
+    with pytest.raises(ValueError, match="state must come from this layer's stream"):
+        lmkern.nn.GRU(5, 7).eval().step(x[:, 0], state)
+
+
+def test_what_others_raise_passes_through():
+    cell = lmkern.nn.LSTMCell(4, 5)
+
+    def refuse(tensor):
+        raise RuntimeError("no")
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(refuse, lambda tensor: tensor)
+    with pytest.raises(RuntimeError, match="no"), hooks:
+        cell(torch.randn(1, 4))
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_biases_are_checked_at_any_batch(batch):
+    x, w = torch.randn(batch, 4), (torch.randn(20, 4), torch.randn(20, 5))
+    for b_ih in (torch.randn(1), torch.randn(batch, 20)):
+        with pytest.raises(ValueError, match="b_ih must be"):
+            lmkern.functional.lstm_cell(x, None, *w, b_ih, torch.randn(20))
+    with pytest.raises(ValueError, match="given together"):
+        lmkern.functional.lstm_cell(x, None, *w, torch.randn(20), None)
+
+
+def test_strided_biases_of_a_large_layer():
+    x, w_ih, w_hh = torch.randn(8, 16, 128), torch.randn(256, 128) / 11, torch.randn(256, 64) / 8
+    b = torch.randn(256, 2)
+    ours = lmkern.functional.lstm(x, w_ih, w_hh, b[:, 0], b[:, 1])[0]
+    theirs = lmkern.functional.lstm(x, w_ih, w_hh, b[:, 0].clone(), b[:, 1].clone())[0]
+    assert torch.equal(ours, theirs)

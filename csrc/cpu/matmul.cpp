@@ -107,10 +107,13 @@ struct Multiplication {
   }
 
   bool all_in_range(int of) const {
-    float a_most = 0, b_most = 0;  // comparisons that a NaN passes
+    float a_most = 0, b_most = 0;
+    const auto merge = [](float& most, float value) {  // a NaN comes to stay
+      if (most == most && !(value <= most)) most = value;
+    };
     for (int i = 0; i < of; ++i) {
-      if (!(seen[i].a.largest() <= a_most)) a_most = seen[i].a.largest();
-      if (!(seen[i].b.largest() <= b_most)) b_most = seen[i].b.largest();
+      merge(a_most, seen[i].a.largest());
+      merge(b_most, seen[i].b.largest());
     }
     return amx::in_range(a_most, b_most, depth);
   }

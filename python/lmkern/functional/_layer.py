@@ -137,6 +137,8 @@ def run_layer(
             check_tensor(op, name, tensor, shape, symbolic, dtype, device)
     if (norm_cell_weight is None) != (norm_cell_bias is None):
         raise ValueError(f"{op}: norm_cell_weight and norm_cell_bias must be given together")
+    if norm_cell_weight is not None and norm_hh is None:
+        raise ValueError(f"{op}: norm_hh must be given with norm_cell_weight")
     if reset_mask is not None:
         check_tensor(op, "reset_mask", reset_mask, rows, f"[{s_rows}]", torch.bool, device)
     if lengths is not None:

@@ -52,8 +52,8 @@ def lstm(
         peephole: [3H]: i and f also see p_i ⊙ c_{t-1} and p_f ⊙ c_{t-1}, and o sees p_o ⊙ c_t.
         norm_ih, norm_hh: [4H], LayerNorm over all gates of either product, with this gain and
             the layer's bias: LN(W_ih x) ⊙ norm_ih + b_ih, LN(W_hh h) ⊙ norm_hh + b_hh.
-        norm_cell_weight, norm_cell_bias: [H], both or neither: h_t = σ(o) ⊙ tanh(LN(c_t)); c_t
-            itself is carried as it is.
+        norm_cell_weight, norm_cell_bias: [H], both or neither, with norm_hh: h_t = σ(o) ⊙ tanh(LN(c_t));
+            c_t itself is carried as it is.
         eps: of all LayerNorms.
         h_mask: [B, P], multiplies h_{t-1} where it enters W_hh: recurrent dropout with one mask for
             the sequence.

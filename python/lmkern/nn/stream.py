@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,8 @@ class StreamState:
     Made by ``module.stream(batch_size)``. ``h`` and, for an LSTM, ``c`` are lists with one tensor
     [B, H] (h with a projection: [B, P]) for each layer. All buffers are made once; a step allocates
     nothing. The layer's parameters are read where they lie, so there is no packed copy to go stale:
-    changes in place are seen. After parameters were replaced or moved, make a new stream.
+    changes in place are seen. After parameters were replaced or moved, make a new stream. ``set`` and
+    ``reset`` write to the buffer that the last step returned.
     """
 
     def __init__(self, module: RNNBase, batch_size: int, hx: Any = None) -> None:
@@ -55,13 +57,14 @@ class StreamState:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"{name}: batch_size must be an integer >= 1, got {batch_size!r}")
         self.batch_size = batch_size
+        self._module = weakref.ref(module)
         weights = [group[0] for group in module.all_weights]
         self._like = weights[0]
         lstm = module.mode == "LSTM"
         gates = GATES[CELLS.index(module.mode.lower())]
         widths = [group[1].shape[1] for group in module.all_weights]
         hiddens = [group[0].shape[0] // gates for group in module.all_weights]
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self._buffers = [
                 [self._like.new_zeros(batch_size, width) for width in widths] for _ in range(2)
             ]
@@ -78,6 +81,7 @@ class StreamState:
         """The hidden state of each layer; the buffers of the step after next."""
         return self._buffers[self._parity]
 
+    @torch.no_grad()
     def set(self, hx: Any) -> None:
         """Take over a state as the layer returns it: h_n, or (h_n, c_n) for an LSTM."""
         h, c = hx if isinstance(hx, (tuple, list)) and self.c else (hx, ())
@@ -86,13 +90,16 @@ class StreamState:
                 f"stream: hx must have {len(self.h)} layers, got {len(h)}"
                 + (f" and {len(c)}" if len(c) else "")
             )
-        for target, value in zip([*self.h, *self.c], [*h, *c], strict=True):
+        pairs = list(zip([*self.h, *self.c], [*h, *c], strict=True))
+        for target, value in pairs:
             if target.shape != value.shape:
                 raise ValueError(
                     f"stream: hx must be {list(target.shape)} for each layer, got {list(value.shape)}"
                 )
+        for target, value in pairs:
             target.copy_(value)
 
+    @torch.no_grad()
     def reset(self, rows: Tensor | None = None) -> None:
         """Zero the state; with ``rows``, a bool mask [B], only of these rows of the batch."""
         for buffer in (*self.h, *self.c):
@@ -102,7 +109,13 @@ class StreamState:
                 buffer.masked_fill_(rows.unsqueeze(1), 0)
 
     def _is_small(self, module: RNNBase) -> bool:
-        plain = all(len(group) == (4 if module.bias else 2) for group in module.all_weights)
+        # Parameters themselves, which are read where they lie; not what a parametrization computes.
+        own: dict[str, Any] = module._parameters
+        plain = all(
+            len(names) == (4 if module.bias else 2)
+            and all(name in own and own[name].is_contiguous() for name in names)
+            for names in module._all_weights
+        )
         return (
             plain
             and self.batch_size <= SMALL_BATCH
@@ -126,8 +139,11 @@ class StreamState:
         return calls
 
     def _step(self, module: RNNBase, x: Tensor) -> Tensor:
+        if self._module() is not module:
+            raise ValueError(f"{type(module).__name__}: state must come from this layer's stream()")
         if self._calls is None:
             return self._general_step(module, x)
+        x = x.contiguous()
         torch.get_num_threads()  # makes torch set the thread count in a new Python thread
         following = self._buffers[1 - self._parity]
         for n, arguments in enumerate(self._calls[self._parity]):

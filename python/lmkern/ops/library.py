@@ -165,6 +165,7 @@ def matmul(
         and out.stride(1) == 1
     ):
         (a, transpose_a), (b, transpose_b) = _rows(a, transpose_a), _rows(b, transpose_b)
+        bias = None if bias is None else bias.contiguous()
         if _C.matmul(a, b, bias, out, transpose_a, transpose_b, accumulate):
             return out
     with plain_products():
@@ -191,7 +192,13 @@ def reference_backward(
         aliases = [t.view_as(t) if t is not None else None for t in inputs]
         outputs = reference(*aliases)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None]
+        pairs = [
+            (o, g)
+            for o, g in zip(outputs, grad_outputs, strict=True)
+            if g is not None and o.requires_grad
+        ]
+        if not pairs:
+            return (None,) * len(aliases)
         wanted = [a for a in aliases if a is not None and a.requires_grad]
         grads = iter(
             torch.autograd.grad(

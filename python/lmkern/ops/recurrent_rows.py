@@ -65,7 +65,7 @@ class Rows:
 
     def sum_steps(self, x: Tensor) -> Tensor:
         """[N, P] summed over the steps of each row of the batch: [B, P]."""
-        return x.view(-1, self.batch, x.shape[1]).sum(0)
+        return x.view(self.count // max(self.batch, 1), self.batch, x.shape[1]).sum(0)
 
     def previous(self, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
         """[N, P]: y of the step before each row's, ``initial`` (or zeros) for its first."""
@@ -95,7 +95,7 @@ class PackedRows(Rows):
     def __init__(self, lead: torch.Size, batch: int, batch_sizes: Tensor) -> None:
         super().__init__(lead, batch)
         self.single = False
-        self.batch_sizes = batch_sizes
+        self.batch_sizes = batch_sizes.contiguous()
 
     @overload
     def pack(self, x: Tensor) -> Tensor: ...

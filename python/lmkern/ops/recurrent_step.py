@@ -21,6 +21,36 @@ _PLAIN = (Tensor, Parameter)
 _TILE_BATCH = 96  # from here on lmkern's product may beat torch's
 
 
+class _DoesNotFitError(Exception):
+    """An argument that the short way does not take; the usual way takes it or says what is wrong."""
+
+
+def _check_products(
+    cell: int,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> None:
+    """What torch's products would broadcast or word in their own way."""
+    batch, (wide, width) = x.shape[0], w_hh.shape
+    if wide != GATES[cell] * width or w_ih.shape != (wide, x.shape[1]):
+        raise _DoesNotFitError
+    for tensor, shape in (
+        (b_ih, (wide,)),
+        (b_hh, (wide,)),
+        (h, (batch, width)),
+        (c, (batch, width)),
+    ):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
+            raise _DoesNotFitError
+    if not x.dtype == w_ih.dtype == w_hh.dtype:
+        raise _DoesNotFitError
+
+
 def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b; x W for a transposed view of W."""
     if x.shape[0] >= _TILE_BATCH:
@@ -45,10 +75,17 @@ def _run(
     h_next = x.new_empty(batch, width)
     c_next = x.new_empty(batch, width) if cell == 0 else None
     if batch <= SMALL_BATCH:
-        _C.recurrent_step(
-            cell, None, None, x, w_ih, w_hh, b_ih, b_hh, h, c, h_next, None, c_next, gates, None, hidden
-        )  # fmt: skip
+        try:
+            _C.recurrent_step(
+                cell, None, None, x, w_ih, w_hh, b_ih, b_hh, h, c, h_next, None, c_next, gates, None,
+                hidden,
+            )  # fmt: skip
+        except (ValueError, TypeError) as error:
+            raise _DoesNotFitError from error
         return h_next, c_next
+    _check_products(cell, x, h, c, w_ih, w_hh, b_ih, b_hh)
+    h = None if h is None else h.contiguous()
+    c = None if c is None else c.contiguous()
     from_x = _product(x, w_ih, b_ih)
     if h is not None:
         from_h: Tensor | None = _product(h, w_hh, b_hh)
@@ -66,6 +103,8 @@ class StepFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):  # type: ignore[override]
+        h = None if h is None else h.contiguous()
+        c = None if c is None else c.contiguous()
         batch, width = x.shape[0], w_hh.shape[1]
         gates = x.new_empty(batch, GATES[cell] * width)
         hidden = x.new_empty(batch, width, dtype=accumulate_dtype(x.dtype)) if cell == 1 else None
@@ -143,10 +182,15 @@ def plain_step(
         or w_ih.__class__ not in _PLAIN
         or w_hh.__class__ not in _PLAIN
         or x.dim() != 2
+        or w_hh.dim() != 2
+        or (b_ih is None) != (b_hh is None)
         or x.dtype not in KERNEL_DTYPES
         or not x.is_cpu
         or x.numel() == 0
         or not is_plain_eager()
+        or x.is_neg()
+        or (h is not None and h.is_neg())
+        or (c is not None and c.is_neg())
     ):
         return None
     try:
@@ -161,6 +205,6 @@ def plain_step(
         ):
             return StepFunction.apply(cell, x, h, c, w_ih, w_hh, b_ih, b_hh)
         h_next, c_next = _run(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, None, None)
-    except (ValueError, TypeError, RuntimeError):  # said in the caller's words, or done after all
+    except _DoesNotFitError:
         return None
     return h_next if c_next is None else (h_next, c_next)
