@@ -6,7 +6,8 @@
 //   vectors  csrc/cpu/gemm.h: panels in W, a storage type or what it accumulates in; any batch
 //   tiles    csrc/cpu/amx.h: float32 in three bfloat16 planes each, where the processor has tiles
 //   and
-//            the batch fills them. Six bytes a weight, 2.7 times the rate of FMA
+//            the batch fills them. Six bytes a weight, 2.7 times the rate of FMA. Nobody checks the
+//            range of amx.h here: parts below 2^-126 count as zero, and an Inf becomes a NaN
 #pragma once
 #include "core/memory.h"
 #include "core/parallel.h"

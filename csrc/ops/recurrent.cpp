@@ -16,9 +16,13 @@ void require(const Check& check, const char* name, const TensorView& view) {
   if (!view.defined()) check.fail(std::string(name) + " must be given");
 }
 
+void check_cell(const Check& check, RecurrentCell cell) {
+  if (cell < RecurrentCell::kLstm || cell > RecurrentCell::kRnnSigmoid)
+    check.fail("cell must be 0 to 4, got " + std::to_string(static_cast<int>(cell)));
+}
+
 Extents check_options(const Check& check, const RecurrentOptions& o, const TensorView& gates) {
-  if (o.cell < RecurrentCell::kLstm || o.cell > RecurrentCell::kRnnSigmoid)
-    check.fail("cell must be 0 to 4, got " + std::to_string(static_cast<int>(o.cell)));
+  check_cell(check, o.cell);
   const std::int64_t G = gates_of(o.cell);
   check.floating("gates", gates);
   check.dims("gates", gates, 2, "[N, G*H]");
@@ -136,6 +140,7 @@ void recurrent_backward(const RecurrentBackwardArgs& a) {
 
 void recurrent_step(const RecurrentStepArgs& a) {
   const Check check("recurrent_step");
+  check_cell(check, a.cell);
   const bool given = a.from_x.defined(), lstm = a.cell == RecurrentCell::kLstm;
   const TensorView& first = given ? a.from_x : a.x;
   check.floating(given ? "from_x" : "x", first);
@@ -163,11 +168,13 @@ void recurrent_step(const RecurrentStepArgs& a) {
   check.optional("gates", a.gates, dtype, {B, GH}, "[B, G*H]");
   check.optional("cells", a.cells, accumulate, {B, H}, "[B, H]");
   check.optional("hidden", a.hidden, accumulate, {B, H}, "[B, H]");
+  if (a.gates.defined() && a.cell == RecurrentCell::kGru) require(check, "hidden", a.hidden);
   cpu::kernels().recurrent_step(a);
 }
 
 void recurrent_step_backward(const RecurrentStepBackwardArgs& a) {
   const Check check("recurrent_step_backward");
+  check_cell(check, a.cell);
   check.floating("gates", a.gates);
   check.dims("gates", a.gates, 2, "[B, G*H]");
   const DType dtype = a.gates.dtype;
