@@ -150,10 +150,18 @@ def test_bad_streams():
         module.stream(1, (torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)))
     with pytest.raises(ValueError, match="bidirectional must be False"):
         lmkern.nn.GRU(5, 8, bidirectional=True).stream()
-    with pytest.raises(ValueError, match=r"x must be \[B, I\]"):
-        module.step(torch.zeros(5), module.stream(1))
-    with pytest.raises(ValueError, match=r"w_ih must be"):
-        module.step(torch.zeros(1, 4), module.stream(1))
+    state = module.stream(1)
+    for x, error, match in (
+        (torch.zeros(5), ValueError, r"LSTM: x must be \[B, I\] = \[1, 5\], got \[5\]"),
+        (torch.zeros(1, 4), ValueError, r"x must be \[B, I\] = \[1, 5\], got \[1, 4\]"),
+        (torch.zeros(2, 5), ValueError, r"x must be \[B, I\] = \[1, 5\], got \[2, 5\]"),
+        (torch.zeros(1, 5).double(), TypeError, "x must be torch.float32, got torch.float64"),
+        (None, TypeError, "x must be a Tensor, got NoneType"),
+    ):
+        with pytest.raises(error, match=match):
+            module.step(x, state)
+    with pytest.raises(TypeError, match="state must be a StreamState, got NoneType"):
+        module.step(torch.zeros(1, 5), None)
     with pytest.raises(ValueError, match="call eval"):
         noisy = lmkern.nn.LSTM(5, 8, weight_drop=0.5)
         noisy.step(torch.zeros(1, 5), noisy.stream(1))

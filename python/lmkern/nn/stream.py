@@ -37,6 +37,17 @@ class Streaming:
         """
         if self.training and (self._noisy or (self.dropout and self.num_layers > 1)):
             raise ValueError(f"{type(self).__name__}: call eval() before step(): it draws no noise")
+        name = type(self).__name__
+        if not isinstance(state, StreamState):
+            raise TypeError(f"{name}: state must be a StreamState, got {type(state).__name__}")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: x must be a Tensor, got {type(x).__name__}")
+        if x.shape != (state.batch_size, self.input_size):
+            raise ValueError(
+                f"{name}: x must be [B, I] = {[state.batch_size, self.input_size]}, got {list(x.shape)}"
+            )
+        if x.dtype != state._like.dtype:
+            raise TypeError(f"{name}: x must be {state._like.dtype}, got {x.dtype}")
         return state._step(self, x)
 
 
