@@ -116,13 +116,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                   w_hh, b_ih, b_hh, h, c, h_next, y, c_next, gates, cells, hidden});
   });
 
-  m.def("recurrent_step_backward", [](int cell, TensorView d_h, TensorView d_c, TensorView gates,
-                                      TensorView hidden, TensorView h, TensorView c,
-                                      TensorView d_gates, TensorView d_hh, TensorView d_h_prev,
-                                      TensorView d_c_prev) {
-    call(lmkern::recurrent_step_backward, {static_cast<lmkern::RecurrentCell>(cell), d_h, d_c,
-                                           gates, hidden, h, c, d_gates, d_hh, d_h_prev, d_c_prev});
-  });
+  m.def("recurrent_step_backward",
+        [](int cell, TensorView d_h, TensorView d_y, TensorView d_c, TensorView gates,
+           TensorView hidden, TensorView h, TensorView c, TensorView d_gates, TensorView d_hh,
+           TensorView d_h_prev, TensorView d_c_prev, TensorView d_b_ih, TensorView d_b_hh) {
+          call(lmkern::recurrent_step_backward,
+               {static_cast<lmkern::RecurrentCell>(cell), d_h, d_y, d_c, gates, hidden, h, c,
+                d_gates, d_hh, d_h_prev, d_c_prev, d_b_ih, d_b_hh});
+        });
 
   m.def("attention_forward", [](TensorView q, TensorView k, TensorView v, TensorView mask,
                                 TensorView out, TensorView lse, double scale, bool is_causal) {

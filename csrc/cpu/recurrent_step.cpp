@@ -1,69 +1,65 @@
-// One step of a recurrent cell for a few rows (csrc/ops/recurrent.h).
+// One step of a recurrent cell (csrc/ops/recurrent.h).
 //
 // Parallel  threads own units; nothing is shared, so nobody waits.
 // Traffic   W_ih and W_hh once, straight from the caller's rows: at one or two rows of the batch a
-// step is
-//           bound by reading them, and packing would read them twice. A row of W and the operand
-//           are both walked along k, so sums end up spread over lanes and are folded at the end: a
-//           vector of units costs one transposition for each gate.
-// Limits    each group of kRows rows of the batch reads the weights again.
+//           step is bound by reading them, and up to kLargestBatch (ops/recurrent_step.py) packing
+//           them costs more than it saves. Rows of W and of the operand are both walked along k, so
+//           sums end up spread over lanes and are folded at the end, 30 shuffles for 16 units of
+//           one gate and row of the batch.
+// Limits    the operands' rows are read again for every kGroup rows of W, from L2.
 #include "core/dispatch.h"
+#include "core/memory.h"
+#include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/recurrent.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {
 
-// out[m][lane] = bias + sum_k a_m[k] w[lane][k] for `count` rows of w; lanes beyond are zero.
-template <int M, class S>
-LMKERN_INLINE void dot_rows(std::int64_t depth, const S* const (&a)[M], const S* w,
-                            std::int64_t w_stride, std::int64_t count,
-                            Vec<Accumulate<S>> (&out)[M]) {
+// Rows of the operand and of W in one tile of sums: as many as the registers hold. Those of W are
+// few enough to stay in L1 for all tiles.
+constexpr int kTileBatch = 3;
+template <class T>
+constexpr int kGroup = kLanes<T> <= kAccumulators / kTileBatch ? kLanes<T> : kLanes<T> / 2;
+
+// Keeps a loaded vector in its register: GCC otherwise reads memory again in each of the operations
+// that use it, and the loads become the bound.
+template <class V>
+LMKERN_INLINE void hold(V& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  if constexpr (sizeof v <= 32) asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
+// acc[m][i] += a_m[k] w_i[k], lane by lane.
+template <bool Prefetch, int M, int N, class S>
+LMKERN_INLINE void add_products(std::int64_t depth, const S* a, const S* const (&w)[N],
+                                Vec<Accumulate<S>> (&acc)[M][N]) {
   using T = Accumulate<S>;
-  constexpr int n = kLanes<T>, kGroup = n < 8 ? n : 8;  // rows of w at a time
-  Vec<T> sums[M][n] = {};
+  const auto add = [&](std::int64_t k, const auto& load_at) __attribute__((always_inline)) {
+    Vec<T> x[M];
+    LMKERN_UNROLL
+    for (int m = 0; m < M; ++m) x[m] = load_at(a + m * depth + k);
+    LMKERN_UNROLL
+    for (int i = 0; i < N; ++i) {
+      Vec<T> row = load_at(w[i] + k);
+      if constexpr (M > 1) hold(row);
+      if (M < kTileBatch)
+        __builtin_prefetch(w[i] + k + N * depth);  // next group, beyond the last too
+      LMKERN_UNROLL
+      for (int m = 0; m < M; ++m) acc[m][i] += x[m] * row;
+    }
+  };
+  constexpr std::int64_t n = kLanes<T>;
   const std::int64_t whole = depth / n * n, rest = depth - whole;
-  LMKERN_UNROLL
-  for (int group = 0; group < n; group += kGroup) {
-    if (group >= count) break;
-    const S* rows[kGroup];  // rows beyond the last are read as the last, and dropped
-    LMKERN_UNROLL
-    for (int i = 0; i < kGroup; ++i)
-      rows[i] = w + (group + i < count ? group + i : count - 1) * w_stride;
-    Vec<T> acc[M][kGroup] = {};
-    const auto add = [&](std::int64_t k, const auto& load_at) __attribute__((always_inline)) {
-      Vec<T> x[M];
-      LMKERN_UNROLL
-      for (int m = 0; m < M; ++m) x[m] = load_at(a[m] + k);
-      LMKERN_UNROLL
-      for (int i = 0; i < kGroup; ++i) {
-        const Vec<T> row = load_at(rows[i] + k);
-        __builtin_prefetch(rows[i] + k + kGroup * w_stride);  // the next group, beyond the last too
-        LMKERN_UNROLL
-        for (int m = 0; m < M; ++m) acc[m][i] += x[m] * row;
-      }
-    };
-    for (std::int64_t k = 0; k < whole; k += n)
-      add(k, [](const S* p) __attribute__((always_inline)) { return load(p); });
-    if (rest > 0)
-      add(whole, [rest](const S* p) __attribute__((always_inline)) { return load_n(p, rest); });
-    LMKERN_UNROLL
-    for (int m = 0; m < M; ++m) {
-      LMKERN_UNROLL
-      for (int i = 0; i < kGroup; ++i) sums[m][group + i] = acc[m][i];
-    }
-  }
-  LMKERN_UNROLL
-  for (int m = 0; m < M; ++m) {
-    transpose<T>(sums[m]);  // lane i of every vector is now a part of row i's sum
-    LMKERN_UNROLL
-    for (int width = n / 2; width > 0; width /= 2) {
-      LMKERN_UNROLL
-      for (int i = 0; i < width; ++i) sums[m][i] += sums[m][i + width];
-    }
-    out[m] =
-        lane_index<T>() < static_cast<typename VecTypes<T>::IntLane>(count) ? sums[m][0] : Vec<T>{};
-  }
+  for (std::int64_t k = 0; k < whole; k += n)
+    add(k, [](const S* p) __attribute__((always_inline)) { return load(p); });
+  if (rest > 0)
+    add(whole, [rest](const S* p) __attribute__((always_inline)) { return load_n(p, rest); });
 }
 
 template <class S, class Cell>
@@ -72,55 +68,87 @@ struct StepPass {
   using V = Vec<T>;
   static constexpr int kGates = Cell::kGates;
   static constexpr std::int64_t kLane = kLanes<T>;
-  static constexpr int kRows = 2;
+  static constexpr int kGroups = static_cast<int>(kLane) / kGroup<T>;  // of one vector of units
+  // W_ih x and W_hh h may be added before they are folded, unless the cell treats them differently.
+  static constexpr int kProducts = kGates + (Cell::kSavesHidden ? 1 : 0);
 
   const RecurrentStepArgs& a;
   const std::int64_t batch = a.h_next.shape[0], hidden = a.h_next.shape[1];
   const std::int64_t features = a.x.defined() ? a.x.shape[1] : 0;
 
-  // from_x and from_h of M rows and n units from u on.
-  template <int M>
-  LMKERN_INLINE void products(std::int64_t b, std::int64_t u, std::int64_t n,
-                              V (&from_x)[kGates][M], V (&from_h)[kGates][M]) const {
-    if (a.from_x.defined()) {
-      for (int g = 0; g < kGates; ++g)
-        for (int m = 0; m < M; ++m) {
-          const std::int64_t at = ((b + m) * kGates + g) * hidden + u;
-          from_x[g][m] = load_n(a.from_x.ptr<const S>() + at, n);
-          from_h[g][m] = load_optional<S>(a.from_h, at, n);
+  // sums[(product * batch + b) * kGroups + group]: the products of n units from u on, half folded.
+  void products(std::int64_t u, std::int64_t n, V* sums) const {
+    const S* const x = a.x.ptr<const S>();
+    const S* const h = a.h.defined() ? a.h.ptr<const S>() : nullptr;
+    for (int g = 0; g < kGates; ++g)
+      for (int group = 0; group < kGroups; ++group) {
+        const S *w_ih[kGroup<T>], *w_hh[kGroup<T>];
+        LMKERN_UNROLL
+        for (int i = 0; i < kGroup<T>; ++i) {
+          const std::int64_t unit = group * kGroup<T> + i;  // beyond the last: read as it, dropped
+          const std::int64_t row = g * hidden + u + (unit < n ? unit : n - 1);
+          w_ih[i] = a.w_ih.ptr<const S>() + row * features;
+          w_hh[i] = a.w_hh.ptr<const S>() + row * hidden;
         }
-      return;
-    }
-    const S *x[M], *h[M];
-    for (int m = 0; m < M; ++m) {
-      x[m] = a.x.ptr<const S>() + (b + m) * features;
-      h[m] = a.h.defined() ? a.h.ptr<const S>() + (b + m) * hidden : nullptr;
-    }
-    for (int g = 0; g < kGates; ++g) {
-      const std::int64_t row = g * hidden + u;
-      for (int m = 0; m < M; ++m) from_h[g][m] = V{};
-      dot_rows<M>(features, x, a.w_ih.ptr<const S>() + row * features, features, n, from_x[g]);
-      if (a.h.defined())
-        dot_rows<M>(hidden, h, a.w_hh.ptr<const S>() + row * hidden, hidden, n, from_h[g]);
-      for (int m = 0; m < M; ++m) {
-        from_x[g][m] += load_optional<S>(a.b_ih, row, n);
-        from_h[g][m] += load_optional<S>(a.b_hh, row, n);
+        const bool apart = Cell::kSavesHidden && g == kGates - 1;
+        for_row_tiles<kTileBatch>(
+            batch, [&](std::int64_t b, auto tile) __attribute__((always_inline)) {
+              constexpr int M = decltype(tile)::value;
+              V acc[M][kGroup<T>] = {};
+              const auto keep = [&](int product) {
+                LMKERN_UNROLL
+                for (int m = 0; m < M; ++m)
+                  sums[(product * batch + b + m) * kGroups + group] = fold<T>(acc[m]);
+              };
+              if (b == 0)
+                add_products<true>(features, x + b * features, w_ih, acc);
+              else
+                add_products<false>(features, x + b * features, w_ih, acc);
+              if (apart) {
+                keep(g);
+                LMKERN_UNROLL
+                for (int m = 0; m < M; ++m)
+                  for (V& sum : acc[m]) sum = V{};
+              }
+              if (h != nullptr) {
+                if (b == 0)
+                  add_products<true>(hidden, h + b * hidden, w_hh, acc);
+                else
+                  add_products<false>(hidden, h + b * hidden, w_hh, acc);
+              }
+              keep(apart ? kGates : g);
+            });
       }
+  }
+
+  // from_x and from_h of row b and n units from u on.
+  LMKERN_INLINE void operands(std::int64_t b, std::int64_t u, std::int64_t n, const V* sums,
+                              V (&from_x)[kGates], V (&from_h)[kGates]) const {
+    for (int g = 0; g < kGates; ++g) {
+      const std::int64_t at = (b * kGates + g) * hidden + u, row = g * hidden + u;
+      if (sums == nullptr) {
+        from_x[g] = load_n(a.from_x.ptr<const S>() + at, n);
+        from_h[g] = load_optional<S>(a.from_h, at, n);
+        continue;
+      }
+      const auto product = [&](int p) {
+        const V* parts = sums + (p * batch + b) * kGroups;
+        if constexpr (kGroups == 1) return parts[0];
+        return fold_halves<T>(parts[0], parts[1]);
+      };
+      from_x[g] = product(g) + load_optional<S>(a.b_ih, row, n);
+      from_h[g] = load_optional<S>(a.b_hh, row, n);
+      if (Cell::kSavesHidden && g == kGates - 1) from_h[g] += product(kGates);
     }
   }
 
-  template <int M>
-  void units(std::int64_t b, std::int64_t u) const {
+  void units(std::int64_t u, V* sums) const {
     const std::int64_t n = hidden - u < kLane ? hidden - u : kLane;
-    V from_x[kGates][M], from_h[kGates][M];
-    products<M>(b, u, n, from_x, from_h);
-    for (int m = 0; m < M; ++m) {
-      const std::int64_t at = (b + m) * hidden + u;
+    if (sums != nullptr) products(u, n, sums);
+    for (std::int64_t b = 0; b < batch; ++b) {
+      const std::int64_t at = b * hidden + u;
       V gates[kGates], product[kGates], c{}, h_prev{};
-      for (int g = 0; g < kGates; ++g) {
-        gates[g] = from_x[g][m];
-        product[g] = from_h[g][m];
-      }
+      operands(b, u, n, sums, gates, product);
       if constexpr (Cell::kHasC) c = load_optional<S>(a.c, at, n);
       if constexpr (Cell::kReadsH) h_prev = load_optional<S>(a.h, at, n);
       Cell::update(gates, product, static_cast<const V*>(nullptr), c);
@@ -130,7 +158,7 @@ struct StepPass {
       if constexpr (Cell::kHasC) store_n(a.c_next.ptr<S>() + at, c, n);
       if (!a.gates.defined()) continue;
       for (int g = 0; g < kGates; ++g)
-        store_n(a.gates.ptr<S>() + (b + m) * kGates * hidden + g * hidden + u, gates[g], n);
+        store_n(a.gates.ptr<S>() + b * kGates * hidden + g * hidden + u, gates[g], n);
       if constexpr (Cell::kHasC)
         if (a.cells.defined()) store_n(a.cells.ptr<T>() + at, c, n);
       if constexpr (Cell::kSavesHidden) store_n(a.hidden.ptr<T>() + at, product[kGates - 1], n);
@@ -146,28 +174,30 @@ struct StepPass {
     if (threads > vectors) threads = static_cast<int>(vectors);
     parallel(threads, [&](int thread, int count) {
       const Range own = thread_range(vectors, 1, thread, count);
-      for (std::int64_t v = own.begin; v < own.end; ++v) {
-        std::int64_t b = 0;
-        for (; b + kRows <= batch; b += kRows) units<kRows>(b, v * kLane);
-        if (b < batch) units<1>(b, v * kLane);
-      }
+      V* sums = nullptr;
+      if (!a.from_x.defined())
+        sums = static_cast<V*>(thread_scratch(kProducts * batch * kGroups * sizeof(V)));
+      for (std::int64_t v = own.begin; v < own.end; ++v) units(v * kLane, sums);
     });
   }
 };
 
+// Threads own units, so that the sums over the batch for the biases are theirs alone.
 template <class S, class Cell>
 void step_backward(const RecurrentStepBackwardArgs& a) {
   using T = Accumulate<S>;
   constexpr int kGates = Cell::kGates;
-  constexpr std::int64_t kForkElements = 20'000;
+  constexpr std::int64_t kLane = kLanes<T>, kForkElements = 20'000;
   const std::int64_t batch = a.gates.shape[0], hidden = a.gates.shape[1] / kGates;
+  const std::int64_t vectors = (hidden + kLane - 1) / kLane;
   int threads = batch * hidden < kForkElements ? 1 : max_threads();
-  if (threads > batch) threads = static_cast<int>(batch);
+  if (threads > vectors) threads = static_cast<int>(vectors);
   parallel(threads, [&](int thread, int count) {
-    const Range own = thread_range(batch, 1, thread, count);
-    for (std::int64_t b = own.begin; b < own.end; ++b)
-      for (std::int64_t u = 0; u < hidden; u += kLanes<T>) {
-        const std::int64_t n = hidden - u < kLanes<T> ? hidden - u : kLanes<T>;
+    const Range own = thread_range(vectors, 1, thread, count);
+    for (std::int64_t u = own.begin * kLane; u < own.end * kLane && u < hidden; u += kLane) {
+      const std::int64_t n = hidden - u < kLane ? hidden - u : kLane;
+      Vec<T> d_b_ih[kGates] = {}, d_b_hh[kGates] = {};
+      for (std::int64_t b = 0; b < batch; ++b) {
         const std::int64_t at = b * hidden + u, row = b * kGates * hidden + u;
         Vec<T> gates[kGates], d_act[kGates], d_hh[kGates], d_c_read{}, d_h_prev, c_now{}, saved{};
         for (int g = 0; g < kGates; ++g)
@@ -176,8 +206,8 @@ void step_backward(const RecurrentStepBackwardArgs& a) {
         const Vec<T> c_prev = Cell::kHasC ? load_optional<S>(a.c, at, n) : Vec<T>{};
         if constexpr (Cell::kHasC) c_now = gates[1] * c_prev + gates[0] * gates[2];
         if constexpr (Cell::kSavesHidden) saved = load_n(a.hidden.ptr<const T>() + at, n);
-        Cell::output_backward(gates, c_now, h_prev, load_optional<S>(a.d_h, at, n), d_act, d_c_read,
-                              d_h_prev);
+        const Vec<T> d_h = load_optional<S>(a.d_h, at, n) + load_optional<S>(a.d_y, at, n);
+        Cell::output_backward(gates, c_now, h_prev, d_h, d_act, d_c_read, d_h_prev);
         Vec<T> d_c = d_c_read;
         if constexpr (Cell::kHasC) d_c += load_optional<S>(a.d_c, at, n);
         Cell::update_backward(gates, saved, c_prev, static_cast<const Vec<T>*>(nullptr), d_act,
@@ -185,10 +215,17 @@ void step_backward(const RecurrentStepBackwardArgs& a) {
         for (int g = 0; g < kGates; ++g) {
           store_n(a.d_gates.ptr<S>() + row + g * hidden, d_act[g], n);
           if constexpr (Cell::kSavesHidden) store_n(a.d_hh.ptr<S>() + row + g * hidden, d_hh[g], n);
+          d_b_ih[g] += d_act[g];
+          d_b_hh[g] += d_hh[g];
         }
         if constexpr (Cell::kReadsH) store_n(a.d_h_prev.ptr<S>() + at, d_h_prev, n);
         if constexpr (Cell::kHasC) store_n(a.d_c_prev.ptr<S>() + at, d_c, n);
       }
+      for (int g = 0; g < kGates; ++g) {
+        if (a.d_b_ih.defined()) store_n(a.d_b_ih.ptr<S>() + g * hidden + u, d_b_ih[g], n);
+        if (a.d_b_hh.defined()) store_n(a.d_b_hh.ptr<S>() + g * hidden + u, d_b_hh[g], n);
+      }
+    }
   });
 }
 

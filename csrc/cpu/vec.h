@@ -246,6 +246,18 @@ LMKERN_INLINE V interleave(V a, V b, std::integer_sequence<int, Lane...>) {
 #endif
 }
 
+// The lower (High = 0) or upper halves of a and b, one after the other.
+template <int High, class V, int... Lane>
+LMKERN_INLINE V concatenate(V a, V b, std::integer_sequence<int, Lane...>) {
+  constexpr int n = sizeof...(Lane);
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, (Lane + (Lane < n / 2 ? High : 1 + High) * n / 2)...);
+#else
+  using Mask = decltype(a < b);
+  return __builtin_shuffle(a, b, Mask{(Lane + (Lane < n / 2 ? High : 1 + High) * n / 2)...});
+#endif
+}
+
 // Transposes a square of lanes x lanes in registers: log2(lanes) perfect shuffles of its rows.
 template <class T>
 LMKERN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
@@ -262,6 +274,28 @@ LMKERN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
     LMKERN_UNROLL
     for (int i = 0; i < n; ++i) rows[i] = next[i];
   }
+}
+
+// Sums across lanes, K vectors at a time: log2(K) rounds, each adding the halves of two vectors.
+// The result has lanes / K blocks of K lanes, whose sum has the sum of rows[i] in lane i.
+template <class T, int K>
+LMKERN_INLINE Vec<T> fold(Vec<T> (&rows)[K]) {
+  using Lanes = std::make_integer_sequence<int, kLanes<T>>;
+  LMKERN_UNROLL
+  for (int half = K / 2; half > 0; half /= 2) {
+    LMKERN_UNROLL
+    for (int i = 0; i < half; ++i)
+      rows[i] = interleave<0>(rows[i], rows[i + half], Lanes{}) +
+                interleave<1>(rows[i], rows[i + half], Lanes{});
+  }
+  return rows[0];
+}
+
+// What is left to do where K is half of the lanes: both halves of `a`, then of `b`, added.
+template <class T>
+LMKERN_INLINE Vec<T> fold_halves(Vec<T> a, Vec<T> b) {
+  using Lanes = std::make_integer_sequence<int, kLanes<T>>;
+  return concatenate<0>(a, b, Lanes{}) + concatenate<1>(a, b, Lanes{});
 }
 
 // to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < cols, and zero for rows <= r

@@ -181,9 +181,12 @@ void recurrent_step_backward(const RecurrentStepBackwardArgs& a) {
   const std::int64_t B = a.gates.shape[0], GH = a.gates.shape[1], H = GH / gates_of(a.cell);
   check.tensor("gates", a.gates, dtype, {B, gates_of(a.cell) * H}, "[B, G*H]");
   check.optional("d_h", a.d_h, dtype, {B, H}, "[B, H]");
+  check.optional("d_y", a.d_y, dtype, {B, H}, "[B, H]");
   check.optional("d_c", a.d_c, dtype, {B, H}, "[B, H]");
   check.optional("h", a.h, dtype, {B, H}, "[B, H]");
   check.optional("c", a.c, dtype, {B, H}, "[B, H]");
+  check.optional("d_b_ih", a.d_b_ih, dtype, {GH}, "[G*H]");
+  check.optional("d_b_hh", a.d_b_hh, dtype, {GH}, "[G*H]");
   check.tensor("d_gates", a.d_gates, dtype, {B, GH}, "[B, G*H]");
   if (a.cell == RecurrentCell::kLstm) check.tensor("d_c_prev", a.d_c_prev, dtype, {B, H}, "[B, H]");
   if (a.cell == RecurrentCell::kGru) {

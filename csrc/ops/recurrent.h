@@ -134,6 +134,7 @@ struct RecurrentStepArgs {
 struct RecurrentStepBackwardArgs {
   RecurrentCell cell;
   TensorView d_h;       // [B, H], absent: zeros
+  TensorView d_y;       // [B, H], absent: zeros; y is h_next once more
   TensorView d_c;       // [B, H], absent: zeros
   TensorView gates;     // [B, G*H] activations
   TensorView hidden;    // A [B, H] (GRU)
@@ -143,6 +144,8 @@ struct RecurrentStepBackwardArgs {
   TensorView d_hh;      // [B, G*H] out: dL/d(from_h), where it differs (GRU)
   TensorView d_h_prev;  // [B, H] out: the part of dL/dh that bypasses W_hh (GRU)
   TensorView d_c_prev;  // [B, H] out (LSTM)
+  TensorView d_b_ih;    // [G*H] out, absent: not wanted
+  TensorView d_b_hh;    // [G*H] out, absent: not wanted
 };
 
 void recurrent_forward(const RecurrentForwardArgs& args);

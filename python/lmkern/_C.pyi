@@ -97,6 +97,7 @@ def recurrent_step(
 def recurrent_step_backward(
     cell: int,
     d_h: Tensor | None,
+    d_y: Tensor | None,
     d_c: Tensor | None,
     gates: Tensor,
     hidden: Tensor | None,
@@ -106,6 +107,8 @@ def recurrent_step_backward(
     d_hh: Tensor | None,
     d_h_prev: Tensor | None,
     d_c_prev: Tensor | None,
+    d_b_ih: Tensor | None,
+    d_b_hh: Tensor | None,
 ) -> None: ...
 def attention_forward(
     q: Tensor,

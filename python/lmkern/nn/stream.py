@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmkern import _C
 from lmkern.ops.library import KERNEL_DTYPES
-from lmkern.ops.recurrent_cpu import CELLS, GATES, SMALL_BATCH
+from lmkern.ops.recurrent_cpu import CELLS, GATES, reads_weights_directly
 
 if TYPE_CHECKING:
     from lmkern.nn.recurrent_base import RNNBase
@@ -129,7 +129,7 @@ class StreamState:
         )
         return (
             plain
-            and self.batch_size <= SMALL_BATCH
+            and reads_weights_directly(self.batch_size, self._like.dtype)
             and self._like.device.type == "cpu"
             and self._like.dtype in KERNEL_DTYPES
             and not any(module._zoneouts())

@@ -142,10 +142,9 @@ def recurrence(
         and all(t is None for t in inputs[7:17])
         and not (zoneout_h_rate or zoneout_c_rate or return_cells)
     ):
-        after = plain_step(number, x[0], h0, c0, w_ih, w_hh, b_ih, b_hh)
+        after = plain_step(number, x, h0, c0, w_ih, w_hh, b_ih, b_hh, layer=True)
         if after is not None:
-            h_n, c_n = after if number == 0 else (after, None)
-            return h_n.unsqueeze(0).clone(), h_n, c_n, None
+            return *after, None
     options = (number, reverse, eps, zoneout_h_rate, zoneout_c_rate, recompute)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         if torch.is_grad_enabled():  # a wrapped tensor does not say whether it needs a gradient

@@ -135,9 +135,15 @@ def _recurrent_operand(i: Inputs, rows: Rows, y: Tensor, reverse: bool) -> Tenso
 _LARGE = 1 << 20  # elements from which huge pages are worth asking for
 _CHUNK_BYTES = 1 << 20  # of x' in a chunk: half of a core's cache
 
-# Up to here a step reads its weights as they are, at the speed of the cache; beyond, a product library
-# or a packed panel reads them once for many rows.
-SMALL_BATCH = 4
+
+def reads_weights_directly(batch: int, dtype: torch.dtype) -> bool:
+    """Whether a step of so many rows runs in one kernel on the weights as they lie.
+
+    Beyond, a product library's packing pays (lmkern's tiles, from 96 rows on); for 16-bit weights, whose
+    products the library computes in 16 bits, it does so earlier.
+    """
+    return batch <= (95 if dtype in (torch.float32, torch.float64) else 4)
+
 
 
 def forward_cpu(*args: Any) -> tuple[Tensor, ...]:

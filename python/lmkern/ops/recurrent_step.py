@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from lmkern import _C
 from lmkern.ops.library import KERNEL_DTYPES, accumulate_dtype, is_plain_eager, matmul
-from lmkern.ops.recurrent_cpu import GATES, SMALL_BATCH
+from lmkern.ops.recurrent_cpu import GATES, reads_weights_directly
 
 _PLAIN = (Tensor, Parameter)
 _TILE_BATCH = 96  # from here on lmkern's product may beat torch's
@@ -67,17 +67,18 @@ def _run(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    y: Tensor | None,
     gates: Tensor | None,
     hidden: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """h' and c'; fills ``gates`` and ``hidden`` where the backward pass wants them."""
+    """h' and c'; fills ``y`` with h', and ``gates`` and ``hidden`` for the backward pass, on request."""
     batch, width = x.shape[0], w_hh.shape[1]
     h_next = x.new_empty(batch, width)
     c_next = x.new_empty(batch, width) if cell == 0 else None
-    if batch <= SMALL_BATCH:
+    if reads_weights_directly(batch, x.dtype):
         try:
             _C.recurrent_step(
-                cell, None, None, x, w_ih, w_hh, b_ih, b_hh, h, c, h_next, None, c_next, gates, None,
+                cell, None, None, x, w_ih, w_hh, b_ih, b_hh, h, c, h_next, y, c_next, gates, None,
                 hidden,
             )  # fmt: skip
         except (ValueError, TypeError) as error:
@@ -92,78 +93,91 @@ def _run(
     else:
         from_h = None if b_hh is None else b_hh.expand(from_x.shape).contiguous()
     _C.recurrent_step(
-        cell, from_x, from_h, None, None, None, None, None, h, c, h_next, None, c_next, gates, None,
+        cell, from_x, from_h, None, None, None, None, None, h, c, h_next, y, c_next, gates, None,
         hidden,
     )  # fmt: skip
     return h_next, c_next
 
 
 class StepFunction(torch.autograd.Function):
-    """(cell, x, h, c, w_ih, w_hh, b_ih, b_hh) -> (h', c') or h', with gradients."""
+    """(cell, layer, x, h, c, w_ih, w_hh, b_ih, b_hh) -> ([y,] h'[, c']), with gradients.
+
+    As a ``layer``, x and y are sequences of one step, [1, B, *].
+    """
 
     @staticmethod
-    def forward(ctx: Any, cell, x, h, c, w_ih, w_hh, b_ih, b_hh):  # type: ignore[override]
+    def forward(ctx: Any, cell, layer, x, h, c, w_ih, w_hh, b_ih, b_hh):  # type: ignore[override]
+        x = x[0] if layer else x
         h = None if h is None else h.contiguous()
         c = None if c is None else c.contiguous()
         batch, width = x.shape[0], w_hh.shape[1]
+        y = x.new_empty(batch, width) if layer else None
         gates = x.new_empty(batch, GATES[cell] * width)
         hidden = x.new_empty(batch, width, dtype=accumulate_dtype(x.dtype)) if cell == 1 else None
-        h_next, c_next = _run(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, gates, hidden)
+        h_next, c_next = _run(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, y, gates, hidden)
         ctx.save_for_backward(x, h, c, w_ih, w_hh, b_ih, b_hh, gates, hidden)
-        ctx.cell = cell
+        ctx.cell, ctx.layer = cell, layer
         ctx.set_materialize_grads(False)
+        if y is not None:
+            return y.unsqueeze(0), h_next, c_next
         return h_next if c_next is None else (h_next, c_next)
 
     @staticmethod
-    def backward(ctx: Any, d_h, d_c=None):  # type: ignore[override]
-        cell = ctx.cell
+    def backward(ctx: Any, *grad_outputs):  # type: ignore[override]
+        cell, layer = ctx.cell, ctx.layer
         x, h, c, w_ih, w_hh, b_ih, b_hh, gates, hidden = ctx.saved_tensors
-        _, need_x, need_h, need_c, *need_weights = ctx.needs_input_grad
+        _, _, need_x, need_h, need_c, need_w_ih, need_w_hh, need_b_ih, need_b_hh = (
+            ctx.needs_input_grad
+        )
+        d_y, d_h, d_c = grad_outputs if layer else (None, *grad_outputs, None)[:3]
         if torch.is_grad_enabled():
-            return _reference_gradient(cell, (x, w_ih, w_hh, b_ih, b_hh, h, c), d_h, d_c)
+            return _reference_gradient(
+                cell, layer, (x, w_ih, w_hh, b_ih, b_hh, h, c), d_y, d_h, d_c
+            )
         gru = cell == 1
         d_gates = torch.empty_like(gates)
         d_hh = torch.empty_like(gates) if gru else d_gates
         d_h0 = x.new_empty(x.shape[0], w_hh.shape[1]) if gru else None
         d_c0 = x.new_empty(x.shape[0], w_hh.shape[1]) if cell == 0 else None
+        d_b_ih = torch.empty_like(b_ih) if need_b_ih else None
+        d_b_hh = torch.empty_like(b_hh) if need_b_hh else None
         _C.recurrent_step_backward(
-            cell, None if d_h is None else d_h.contiguous(), None if d_c is None else d_c.contiguous(),
-            gates, hidden, h, c, d_gates, d_hh if gru else None, d_h0, d_c0,
+            cell, None if d_h is None else d_h.contiguous(),
+            None if d_y is None else d_y[0].contiguous(),
+            None if d_c is None else d_c.contiguous(), gates, hidden, h, c, d_gates,
+            d_hh if gru else None, d_h0, d_c0, d_b_ih, d_b_hh,
         )  # fmt: skip
         if need_h:
             d_h0 = torch.mm(d_hh, w_hh) if d_h0 is None else torch.addmm(d_h0, d_hh, w_hh)
-        d_weights: list[Any] = [None] * 4
-        if need_weights[0]:
-            d_weights[0] = torch.mm(d_gates.t(), x)
-        if need_weights[1]:
-            d_weights[1] = torch.zeros_like(w_hh) if h is None else torch.mm(d_hh.t(), h)
-        if need_weights[2]:
-            d_weights[2] = _bias_gradient(d_gates)
-        if need_weights[3]:
-            d_weights[3] = _bias_gradient(d_hh)
+        d_x = torch.mm(d_gates, w_ih) if need_x else None
+        d_w_ih = torch.mm(d_gates.t(), x) if need_w_ih else None
+        d_w_hh = None
+        if need_w_hh:
+            d_w_hh = torch.zeros_like(w_hh) if h is None else torch.mm(d_hh.t(), h)
         return (
-            None, torch.mm(d_gates, w_ih) if need_x else None, d_h0 if need_h else None,
-            d_c0 if need_c else None, *d_weights,
+            None, None, d_x.unsqueeze(0) if layer and d_x is not None else d_x,
+            d_h0 if need_h else None, d_c0 if need_c else None, d_w_ih, d_w_hh, d_b_ih, d_b_hh,
         )  # fmt: skip
 
 
-def _bias_gradient(d: Tensor) -> Tensor:
-    if d.shape[0] == 1:
-        return d[0].clone()
-    return d.sum(0, dtype=accumulate_dtype(d.dtype)).to(d.dtype)
-
-
 def _reference_gradient(
-    cell: int, inputs: tuple[Any, ...], d_h: Tensor | None, d_c: Tensor | None
+    cell: int,
+    layer: bool,
+    inputs: tuple[Any, ...],
+    d_y: Tensor | None,
+    d_h: Tensor | None,
+    d_c: Tensor | None,
 ) -> tuple[Any, ...]:
     from lmkern.ops.recurrent import reference_gradient
 
     x, *others = inputs
     d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h0, d_c0 = reference_gradient(
         (x.unsqueeze(0), *others, *(None,) * 11), (cell, False, 1e-5, 0.0, 0.0, False), False,
-        (None, d_h, d_c) if cell == 0 else (None, d_h),
+        (d_y, d_h, d_c) if cell == 0 else (d_y, d_h),
     )[:7]  # fmt: skip
-    return None, None if d_x is None else d_x[0], d_h0, d_c0, d_w_ih, d_w_hh, d_b_ih, d_b_hh
+    if d_x is not None and not layer:
+        d_x = d_x[0]
+    return None, None, d_x, d_h0, d_c0, d_w_ih, d_w_hh, d_b_ih, d_b_hh
 
 
 def plain_step(
@@ -175,13 +189,17 @@ def plain_step(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    layer: bool = False,
 ) -> Any:
-    """(h', c') for the LSTM, h' for others; None where the usual way must be taken."""
+    """(h', c') for the LSTM, h' for others; None where the usual way must be taken.
+
+    As a ``layer``, x [1, B, I] is a sequence of one step, and the result is (y [1, B, H], h', c' or None).
+    """
     if (
         x.__class__ not in _PLAIN
         or w_ih.__class__ not in _PLAIN
         or w_hh.__class__ not in _PLAIN
-        or x.dim() != 2
+        or x.dim() != (3 if layer else 2)
         or w_hh.dim() != 2
         or (b_ih is None) != (b_hh is None)
         or x.dtype not in KERNEL_DTYPES
@@ -203,8 +221,12 @@ def plain_step(
             or (b_ih is not None and b_ih.requires_grad)
             or (b_hh is not None and b_hh.requires_grad)
         ):
-            return StepFunction.apply(cell, x, h, c, w_ih, w_hh, b_ih, b_hh)
-        h_next, c_next = _run(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, None, None)
+            return StepFunction.apply(cell, layer, x, h, c, w_ih, w_hh, b_ih, b_hh)
+        x = x[0] if layer else x
+        y = x.new_empty(x.shape[0], w_hh.shape[1]) if layer else None
+        h_next, c_next = _run(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, y, None, None)
     except _DoesNotFitError:
         return None
+    if y is not None:
+        return y.unsqueeze(0), h_next, c_next
     return h_next if c_next is None else (h_next, c_next)
