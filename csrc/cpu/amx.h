@@ -309,6 +309,15 @@ LMKERN_INLINE void multiply_block(std::int64_t k_blocks, const Half* a, std::int
           unroll<C>(LMKERN_EACH(c) {
             constexpr int row = decltype(r)::value, column = decltype(c)::value;
             tile_multiply<row * C + column, 4 + row, 6 + column>();
+            if constexpr (C == 2)  // what the next block of k will load, 8 of 192 lines at a time
+              unroll<8>(LMKERN_EACH(l) {
+                constexpr int line = at * 32 + row * 16 + column * 8 + decltype(l)::value;
+                constexpr int plane = line / 64, i = line % 32;
+                if constexpr (line % 64 < 32)
+                  __builtin_prefetch(a + plane * a_plane + i * a_stride + kDepth);
+                else
+                  __builtin_prefetch(b + b_block + plane * b_plane + i * kDepth);
+              });
           });
         });
       });
