@@ -2,6 +2,7 @@
 
 from lmkern.nn.attention import MultiheadAttention
 from lmkern.nn.embedding import Embedding
+from lmkern.nn.kv_cache import KVCache
 from lmkern.nn.position import (
     LearnedPosition,
     RotaryPosition,
@@ -21,6 +22,7 @@ __all__ = [
     "RNN",
     "Embedding",
     "GRUCell",
+    "KVCache",
     "LSTMCell",
     "LearnedPosition",
     "MultiheadAttention",
