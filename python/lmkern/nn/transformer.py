@@ -65,6 +65,8 @@ class TransformerEncoder(Module):
 class TransformerDecoder(Module):
     """``torch.nn.TransformerDecoder``: copies of a layer, one after the other, and a normalisation.
 
+    An activation that is a module stays what it is in the copies, where torch's fall back to ReLU.
+
     Args:
         decoder_layer: the layer of which there are ``num_layers`` deep copies, with equal weights.
         norm: applied to the output of the last.
