@@ -183,6 +183,10 @@ def test_masks_of_the_decoder(name, kind, norm_first):
     assert_same(run(ours, args, tgt_is_causal=True, **masks), expected)
     del masks["tgt_mask"]
     assert_same(run(ours, args, tgt_is_causal=True, **masks), expected)
+    masks = {"memory_mask": torch.ones(4, 5, dtype=torch.bool).triu(1)}
+    expected = run(theirs, args, **masks)
+    assert_same(run(ours, args, memory_is_causal=True), expected)
+    assert_same(run(ours, args, memory_is_causal=True, **masks), expected)
 
 
 @pytest.mark.parametrize("batch_first", [False, True], ids=["LBE", "BLE"])
@@ -267,7 +271,9 @@ def test_pickle_and_deepcopy(name):
 
 def test_custom_parts_and_layers_of_torch():
     ours, theirs = pair("Transformer")
-    state = copy.deepcopy(ours.state_dict())  # the constructor draws all parameters anew, as torch's
+    state = copy.deepcopy(
+        ours.state_dict()
+    )  # the constructor draws all parameters anew, as torch's
     mixed = lmkern.nn.Transformer(E, H, custom_encoder=theirs.encoder, custom_decoder=ours.decoder)
     mixed.load_state_dict(state)
     assert mixed.encoder is theirs.encoder
