@@ -10,6 +10,7 @@ expected and what came; nothing has been computed then.
 
 from lmkern.functional._embedding import embedding
 from lmkern.functional.attention import scaled_dot_product_attention
+from lmkern.functional.position import rotary_embedding
 from lmkern.functional.recurrent import gru, lstm, rnn
 from lmkern.functional.recurrent_cell import gru_cell, lstm_cell, rnn_cell
 
@@ -21,5 +22,6 @@ __all__ = [
     "lstm_cell",
     "rnn",
     "rnn_cell",
+    "rotary_embedding",
     "scaled_dot_product_attention",
 ]

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmkern import reference
-from lmkern._warnings import warn_once
+from lmkern.functional._attention import (
+    OP,
+    Extents,
+    as_heads,
+    check_choice,
+    check_cu_seqlens,
+    check_heads,
+    check_key_lengths,
+    check_mask,
+    check_sinks,
+    check_slopes,
+    check_window,
+)
 from lmkern.ops.attention import AttentionFunction
-from lmkern.ops.check import check_dtype, check_shape, check_tensors
-from lmkern.ops.library import autocast, needs_grad, use_kernel
+from lmkern.ops.check import check_tensors
+from lmkern.ops.library import accumulate_dtype, autocast, needs_grad, use_kernel
 
 
 def scaled_dot_product_attention(
@@ -23,126 +36,148 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    r"""softmax(scale · Q Kᵀ + mask) V, with memory linear in the sequence lengths.
+    *,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    causal_align: str = "top_left",
+    return_lse: bool = False,
+    return_weights: str | None = None,
+) -> Any:
+    r"""softmax(scale · Q Kᵀ + mask) V, with memory linear in the sequence lengths, and more.
 
-    Signature and semantics of :func:`torch.nn.functional.scaled_dot_product_attention`.
+    Signature and semantics of :func:`torch.nn.functional.scaled_dot_product_attention`; what follows
+    ``enable_gqa`` is ours. The score of query i and key j, and its weight:
+
+    .. math::
+        s_{ij} = \text{softcap} · \tanh(\text{scale} · q_i · k_j / \text{softcap})
+                 - \text{slope} · |p_i - j| + \text{mask}_{ij}, \qquad
+        w_{ij} = \frac{e^{s_{ij}}}{e^{\text{sink}} + \sum_{j'} e^{s_{ij'}}}
+
+    with each part where its argument is given, and s = -∞ where i does not see j. Query i stands at
+    position p_i = i, or p_i = i + S - L with ``causal_align="bottom_right"``.
 
     Args:
         query: [..., H, L, D]; the leading dimensions broadcast against those of key and value.
         key: [..., H, S, D], or [..., H_kv, S, D] with ``enable_gqa``. value: [..., H, S, Dv] likewise.
         attn_mask: broadcastable to [..., H, L, S]. Bool: True takes part. Floating: added to the
             scores. Must not contain NaN.
-        dropout_p: probability of dropping an attention weight. With dropout, and for a mask that needs
-            a gradient, plain torch operations run for now.
-        is_causal: query i sees keys 0..i (aligned at the top left). Excludes ``attn_mask``.
+        dropout_p: probability of dropping an attention weight.
+        is_causal: query i sees keys up to p_i. Excludes ``attn_mask``.
         scale: default 1/√D.
         enable_gqa: H may be a multiple of H_kv; query head h reads key head h // (H / H_kv).
+        window: (left, right): query i sees keys p_i - left to p_i + right; None or -1 leaves a side
+            unbounded. With ``is_causal``, right is 0.
+        softcap: > 0, bounds the scores smoothly, before anything is added to them.
+        alibi_slopes: floating [H] or [..., H], with the leading dimensions of query.
+        sinks: floating [H], a logit for each head that takes weight and gives nothing.
+        key_lengths: int32 or int64, broadcastable to the leading dimensions of query without heads
+            ([B] for [B, H, L, D]), between 0 and S: keys and values from there on are not seen; what
+            stands in them has no effect, NaN included. In p_i it takes the place of S.
+        cu_seqlens: n sequences packed one after the other, each of which attends inside of itself
+            only: query [H, N, D], key and value [H, M, D] and sequence b in the rows
+            cu_seqlens[b] to cu_seqlens[b + 1]. int32 or int64 [n + 1] from 0 to N, or a pair of
+            these for query and for key. i, j, L and S count inside of a sequence, and
+            ``alibi_slopes`` may be [n, H]. Excludes ``attn_mask``, ``key_lengths`` and
+            ``return_weights``.
+        causal_align: "top_left" or "bottom_right", the corner of [L, S] where positions agree.
+        return_lse: also return log(e^sink + Σ_j e^s_ij).
+        return_weights: "heads" or "mean": also return the weights, after dropout, [..., H, L, S] or
+            their mean over the heads [..., L, S].
 
     Returns:
-        [..., H, L, Dv]. A query that sees no key gives zeros, and zero gradients.
+        [..., H, L, Dv], or a tuple of it, the log-sum-exp [..., H, L] (float32, float64 for float64
+        inputs) and the weights, those that were asked for. A query that sees no key gives zeros, zero
+        weights and zero gradients; its log-sum-exp is -∞, or the sink. There are gradients for query,
+        key, value, a floating mask (reduced over the dimensions along which it was broadcast),
+        ``alibi_slopes`` and ``sinks``. Today's kernel has the arguments of torch without dropout and
+        without a mask's gradient; plain torch operations serve the rest.
 
-    Source: Dao et al. 2022 (FlashAttention), Dao 2023.
+    Raises:
+        ValueError, TypeError: an argument that does not fit, naming expected and actual.
+
+    Source: Dao et al. 2022 (FlashAttention), Dao 2023; window: Beltagy et al. 2020; softcap: Gemma
+    Team 2024; alibi_slopes: Press et al. 2022; sinks: Xiao et al. 2024, as in gpt-oss.
     """
-    op = "scaled_dot_product_attention"
-    check_tensors(op, query=query, key=key, value=value, attn_mask=attn_mask)
+    check_tensors(
+        OP, query=query, key=key, value=value, attn_mask=attn_mask, alibi_slopes=alibi_slopes,
+        sinks=sinks, key_lengths=key_lengths,
+    )  # fmt: skip
     if is_causal and attn_mask is not None:
-        raise ValueError(f"{op}: attn_mask must be None when is_causal=True")
+        raise ValueError(f"{OP}: attn_mask must be None when is_causal=True")
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() < 2:
-            raise ValueError(f"{op}: {name} must be [..., length, width], got {list(x.shape)}")
+        raise ValueError(f"{OP}: dropout_p must be in [0, 1], got {dropout_p}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{OP}: softcap must be positive and finite, got {softcap}")
+    check_choice("causal_align", causal_align, ("top_left", "bottom_right"))
+    check_choice("return_weights", return_weights, (None, "heads", "mean"))
     query, key, value = autocast(query.device.type, query, key, value)
-    check_dtype(op, query.dtype, key=key, value=value)
-    queries, depth = query.shape[-2:]
-    keys, width = value.shape[-2:]
-    check_shape(op, "key", key, (*key.shape[:-2], keys, depth), "[..., S, D]")
-    heads, key_heads = (x.shape[-3] if x.dim() > 2 else 1 for x in (query, key))
-    if enable_gqa:
-        check_shape(
-            op, "value", value, (*value.shape[:-3], key_heads, keys, width), "[..., H_kv, S, Dv]"
-        )
-        if key_heads == 0 or heads % key_heads:
-            raise ValueError(
-                f"{op}: query's heads must be a multiple of key's, got {heads} and {key_heads}"
-            )
-        repeat = heads // key_heads
-    else:
-        repeat = 1
-    lead, heads, key_heads = _leading(op, query, key, value, repeat)
+    e = check_heads(query, key, value, enable_gqa)
+    left, right = check_window(window, is_causal)
+    accumulate = accumulate_dtype(query.dtype)
+    mask = lengths = cu = slopes = None
+    if cu_seqlens is not None:
+        for name, excluded in (
+            ("attn_mask", attn_mask),
+            ("key_lengths", key_lengths),
+            ("return_weights", return_weights),
+        ):
+            if excluded is not None:
+                raise ValueError(f"{OP}: {name} must be None when cu_seqlens is given")
+        cu = check_cu_seqlens(cu_seqlens, query, e)
     if attn_mask is not None:
-        if attn_mask.dtype != torch.bool:
-            if not attn_mask.is_floating_point():
-                raise TypeError(f"{op}: attn_mask must be bool or floating, got {attn_mask.dtype}")
-            if attn_mask.dtype != query.dtype:
-                # A large finite value stays finite in a narrower dtype: only -inf hides a key.
-                low, high = torch.finfo(query.dtype).min, torch.finfo(query.dtype).max
-                finite = attn_mask.clamp(low, high)
-                attn_mask = torch.where(attn_mask.isinf(), attn_mask, finite).to(query.dtype)
-        target = (
-            (*lead, heads, queries, keys) if max(query.dim(), key.dim()) > 2 else (queries, keys)
-        )
-        try:
-            attn_mask = attn_mask.expand(target)
-        except RuntimeError:
-            raise ValueError(
-                f"{op}: attn_mask must broadcast to {list(target)}, got {list(attn_mask.shape)}"
-            ) from None
+        mask = check_mask(attn_mask, query.dtype, e)
+    if key_lengths is not None:
+        lengths = check_key_lengths(key_lengths, e)
+    if alibi_slopes is not None:
+        slopes = check_slopes(alibi_slopes, accumulate, e, cu and cu[0].shape[0] - 1)
+    if sinks is not None:
+        sinks = check_sinks(sinks, accumulate, e)
 
-    kernel = use_kernel(op, query)
-    if kernel and dropout_p > 0.0:
-        warn_once(f"{op}: no kernel for dropout_p > 0 yet, running plain torch operations")
-        kernel = False
-    if kernel and needs_grad(attn_mask):
-        warn_once(
-            f"{op}: no kernel for the gradient of attn_mask yet, running plain torch operations"
-        )
-        kernel = False
-    if not kernel:
-        return reference.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-        )
+    bottom_right = causal_align == "bottom_right"
+    if bottom_right and cu is None and slopes is None and left < 0 and e.queries == 1:
+        bottom_right, right = False, -1  # the last position sees all keys
+    if bottom_right and cu is None and lengths is None and e.queries == e.keys:
+        bottom_right = False
+    factor = float(scale) if scale is not None else 1 / math.sqrt(max(query.shape[-1], 1))
+    q = as_heads(query, e.lead, e.heads)
+    k, v = (as_heads(x, e.lead, e.key_heads) for x in (key, value))
 
-    q, k, v = (
-        _as_heads(x, lead, n) for x, n in ((query, heads), (key, key_heads), (value, key_heads))
-    )
-    mask = None if attn_mask is None else _as_heads(attn_mask, lead, heads)
-    factor = float(scale) if scale is not None else 1 / math.sqrt(max(depth, 1))
+    # What today's kernel can: the rest goes to the reference.
+    kernel = (
+        dropout_p == 0.0 and left < 0 and right <= 0 and not (bottom_right and right == 0)
+        and softcap is None and slopes is None and sinks is None and lengths is None and cu is None
+        and not return_lse and return_weights is None and not needs_grad(mask)
+    )  # fmt: skip
+    if not (use_kernel(OP, query) and kernel):
+        results = reference.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p, scale=factor, enable_gqa=e.heads != e.key_heads,
+            window=(left, right), softcap=softcap, alibi_slopes=slopes, sinks=sinks,
+            key_lengths=lengths, cu_seqlens=cu, return_lse=return_lse, return_weights=return_weights,
+            causal_align="bottom_right" if bottom_right else "top_left",
+        )  # fmt: skip
+        if not isinstance(results, tuple):
+            return _as_given(results, e)
+        out, *rest = results
+        lse = [_as_given(rest.pop(0)[..., None], e)[..., 0]] if return_lse else []
+        weights = [_as_given(w, e, return_weights == "mean") for w in rest]
+        return (_as_given(out, e), *lse, *weights)
+
     if needs_grad(q, k, v):
         # torch.compile refuses one tensor in two places of an autograd Function.
         k = k.view_as(k) if k is q else k
         v = v.view_as(v) if v is q or v is k else v
-        out = AttentionFunction.apply(q, k, v, mask, factor, is_causal)
+        out = AttentionFunction.apply(q, k, v, mask, factor, right == 0)
     else:
-        out, _ = torch.ops.lmkern.attention_forward(q, k, v, mask, factor, is_causal)
-    ranks = max(query.dim(), key.dim(), value.dim())
-    return out if ranks == 4 else out.reshape((*lead, heads, queries, width)[-ranks:])
+        out, _ = torch.ops.lmkern.attention_forward(q, k, v, mask, factor, right == 0)
+    return _as_given(out, e)
 
 
-def _leading(
-    op: str, query: Tensor, key: Tensor, value: Tensor, repeat: int
-) -> tuple[tuple[int, ...], int, int]:
-    """The broadcast leading dimensions without heads, the heads of query, and those of key."""
-    shapes = [x.shape[:-2] for x in (query, key, value)]
-    same = shapes[0][:-1] == shapes[1][:-1] == shapes[2][:-1]
-    if same and len(shapes[0]) > 0 and (repeat > 1 or shapes[0] == shapes[1] == shapes[2]):
-        return tuple(shapes[0][:-1]), shapes[0][-1], shapes[1][-1]  # torch.broadcast_shapes is slow
-    heads, key_heads = (s[-1] if len(s) else 1 for s in shapes[:2])
-    try:
-        lead = tuple(torch.broadcast_shapes(*(s[:-1] for s in shapes)))
-        if repeat == 1:
-            heads = key_heads = (*torch.broadcast_shapes(*(s[-1:] for s in shapes)), 1)[0]
-    except RuntimeError:
-        raise ValueError(
-            f"{op}: leading dimensions must broadcast (set enable_gqa for grouped heads), got query "
-            f"{list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
-        ) from None
-    return lead, heads, key_heads
-
-
-def _as_heads(x: Tensor, lead: tuple[int, ...], heads: int) -> Tensor:
-    """x as [B, heads, length, width], without a copy where its leading dimensions are those already."""
-    if x.dim() == 4 and x.shape[:2] == (*lead, heads):
-        return x
-    return x.expand(*lead, heads, *x.shape[-2:]).reshape(math.prod(lead), heads, *x.shape[-2:])
+def _as_given(x: Tensor, e: Extents, without_heads: bool = False) -> Tensor:
+    """[B, H, ...] or [B, ...] with the leading dimensions of the arguments."""
+    if without_heads:
+        return x.reshape(*e.lead, *x.shape[-2:]) if len(e.lead) != 1 else x
+    return x if e.dims == 4 else x.reshape((*e.lead, e.heads, *x.shape[-2:])[-e.dims :])

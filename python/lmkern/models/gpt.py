@@ -8,11 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import lmkern.functional
+import lmkern.nn
+from lmkern.nn import KVCache
 
 from .pretrained import (
     Backend,
@@ -63,16 +68,18 @@ class GPTConfig:
             )
 
 
-@dataclass
-class KVCache:
-    """Keys and values of the tokens seen so far; `GPT.forward` fills it in place.
+def _torch_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+    """Causal attention of torch, the last query at the last key.
 
-    keys, values: one [B, n_head, block_size, n_embd / n_head] per block; length: tokens filled.
+    Its ``is_causal`` has the first query at the first key: a mask says it where that differs.
     """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    length: int = 0
+    new, length = query.shape[2], key.shape[2]
+    mask = None
+    if 1 < new < length:
+        mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p, is_causal=new == length
+    )
 
 
 class Attention(nn.Module):
@@ -93,26 +100,9 @@ class Attention(nn.Module):
         q, k, v = (
             part.view(heads).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
         )  # [B, H, T, D]
-        mask, is_causal = None, True
         if cache is not None:
-            begin, end = cache.length, cache.length + length
-            cache.keys[layer][:, :, begin:end] = k
-            cache.values[layer][:, :, begin:end] = v
-            k = cache.keys[layer][:, :, :end].to(q.dtype)
-            v = cache.values[layer][:, :, :end].to(q.dtype)
-            is_causal = begin == 0
-            if begin > 0 and length > 1:
-                # is_causal aligns the first query with the first key; here the first query
-                # stands at position `begin`.
-                mask = torch.ones(length, end, dtype=torch.bool, device=x.device).tril(begin)
-        y = self.sdpa(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
-        )
+            k, v, _ = cache.append(layer, k, v)
+        y = self.sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(batch, length, width)
         return self.out_dropout(self.out(y))
 
@@ -160,13 +150,14 @@ class GPT(LanguageModel):
         super().__init__()
         check_backend(backend)
         embedding: Any = nn.Embedding
-        sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
+        sdpa: Callable[..., Tensor] = _torch_attention
         if backend == "lmkern":
-            import lmkern.functional
-            import lmkern.nn
-
             embedding = lmkern.nn.Embedding
-            sdpa = lmkern.functional.scaled_dot_product_attention
+            sdpa = partial(
+                lmkern.functional.scaled_dot_product_attention,
+                is_causal=True,
+                causal_align="bottom_right",
+            )
         self.config = config
         self.token_embedding = embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Parameter(torch.empty(config.block_size, config.n_embd))
@@ -194,11 +185,15 @@ class GPT(LanguageModel):
     def init_state(self, batch_size: int) -> KVCache:
         """An empty key-value cache for `batch_size` sequences, where the weights are."""
         config = self.config
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
         weight = self.position_embedding
         return KVCache(
-            keys=[weight.new_zeros(shape) for _ in range(config.n_layer)],
-            values=[weight.new_zeros(shape) for _ in range(config.n_layer)],
+            config.n_layer,
+            batch_size,
+            config.n_head,
+            config.block_size,
+            config.n_embd // config.n_head,
+            device=weight.device,
+            dtype=weight.dtype,
         )
 
     def forward(
@@ -226,14 +221,10 @@ class GPT(LanguageModel):
                 f"GPT: {begin} cached + {length} new tokens exceed "
                 f"block_size = {self.config.block_size}"
             )
-        if state is not None and state.keys[0].shape[0] != batch:
-            raise ValueError(
-                f"GPT: state holds {state.keys[0].shape[0]} sequences, input_ids {batch}"
-            )
+        if state is not None and state.batch_size != batch:
+            raise ValueError(f"GPT: state holds {state.batch_size} sequences, input_ids {batch}")
         positions = self.position_embedding[begin : begin + length]
         x = self.dropout(self.token_embedding(input_ids) + positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, state, layer)
-        if state is not None:
-            state.length += length
         return self.head(self.norm(x)), state

@@ -1,10 +1,20 @@
 """Layers with exactly torch's constructor arguments, ``state_dict`` and initialisation."""
 
+from lmkern.nn.attention import MultiheadAttention
 from lmkern.nn.embedding import Embedding
+from lmkern.nn.kv_cache import KVCache
+from lmkern.nn.position import (
+    LearnedPosition,
+    RotaryPosition,
+    SinusoidalPosition,
+    alibi_slopes,
+)
 from lmkern.nn.recurrent import GRU, LSTM, RNN
 from lmkern.nn.recurrent_base import RNNBase
 from lmkern.nn.recurrent_cell import GRUCell, LSTMCell, RNNCell, RNNCellBase
 from lmkern.nn.stream import StreamState
+from lmkern.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
+from lmkern.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "GRU",
@@ -12,9 +22,20 @@ __all__ = [
     "RNN",
     "Embedding",
     "GRUCell",
+    "KVCache",
     "LSTMCell",
+    "LearnedPosition",
+    "MultiheadAttention",
     "RNNBase",
     "RNNCell",
     "RNNCellBase",
+    "RotaryPosition",
+    "SinusoidalPosition",
     "StreamState",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "alibi_slopes",
 ]
