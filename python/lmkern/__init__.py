@@ -3,6 +3,7 @@
 ``lmkern.nn``          layers with torch's names, arguments, parameters and initialisation
 ``lmkern.functional``  the functions under them
 ``lmkern.convert()``   swaps the layers of an existing model; ``lmkern.revert()`` undoes it
+``lmkern.register_transformers()``  attn_implementation="lmkern" for Hugging Face models
 ``lmkern.models``      whole language models; ``lmkern.train``, ``lmkern.data``, ``lmkern.generate``
 ``lmkern.info()``      versions, instruction set, threads
 """
@@ -24,6 +25,7 @@ from lmkern import functional, nn
 from lmkern._info import info
 from lmkern._warnings import LmkernWarning
 from lmkern.convert import ConversionReport, ConvertedLayer, convert, revert
+from lmkern.integrations import register_transformers
 
 __all__ = [
     "ConversionReport",
@@ -34,5 +36,6 @@ __all__ = [
     "functional",
     "info",
     "nn",
+    "register_transformers",
     "revert",
 ]
