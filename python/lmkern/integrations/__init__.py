@@ -15,7 +15,7 @@ def register_transformers() -> None:
     through transformers' ``AttentionInterface``: BERT, GPT-2, Llama, Mistral, T5 and most others.
 
     Raises:
-        ImportError: transformers is missing, or older than its ``AttentionMaskInterface``.
+        ImportError: transformers is missing, or older than 5.6.
     """
     from lmkern.integrations.transformers import register
 

@@ -21,10 +21,12 @@ from lmkern._warnings import warn_once
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        raise ImportError("its masks are made another way")
 except ImportError as error:
     raise ImportError(
-        "lmkern.register_transformers() needs Hugging Face transformers >= 5.0 "
-        f"(pip install 'transformers>=5.0'): {error}"
+        f"lmkern.register_transformers() needs Hugging Face transformers >= 5.6: {error}"
     ) from error
 
 NAME = "lmkern"
