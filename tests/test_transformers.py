@@ -271,6 +271,21 @@ def test_a_plain_window_is_told_to_the_kernel(padding, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["ours", "plain"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
+def test_sequences_packed_by_their_positions(name, kernel, monkeypatch):
+    use(name, kernel, monkeypatch)
+    model = build(name)
+    ids = batch(name, "")["input_ids"]
+    positions = torch.cat([torch.arange(6), torch.arange(L - 6)]).expand(B, L)
+    ours, theirs = (
+        with_attention(model, attention)(ids, position_ids=positions, use_cache=False).logits
+        for attention in ("lmkern", "eager")
+    )
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(ours[:, 6:], model(ids[:, 6:]).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["ours", "plain"])
 def test_attention_weights(kernel, monkeypatch, fallback_allowed):
     function = lmkern.functional.scaled_dot_product_attention
     if kernel == "plain":

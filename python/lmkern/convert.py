@@ -191,15 +191,8 @@ def _check_model(function: str, model: object) -> None:
 def _names(model: Module) -> dict[Module, list[str]]:
     """Every module once, parents first, with all the names that it has."""
     names: dict[Module, list[str]] = {}
-
-    def visit(module: Module, name: str) -> None:
+    for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-        if len(names[module]) == 1:
-            for key, child in module._modules.items():
-                if child is not None:
-                    visit(child, f"{name}.{key}" if name else key)
-
-    visit(model, "")
     return names
 
 
