@@ -16,6 +16,9 @@ from torch.nn.utils import parametrize
 from lmkern import nn
 from lmkern.ops.library import _KERNEL_DEVICES, KERNEL_DTYPES
 
+# An attribute: "" for a plain one, or "_parameters" or "_buffers"; its name.
+Place = tuple[str, str]
+
 
 class _Placeholder(Module):
     """Stands for a child whose own conversion is decided apart."""
@@ -138,12 +141,12 @@ def obstacle(module: Module, base: type[Module]) -> str:
     return f"no kernel for {option}" if option else ""
 
 
-def missing_state(
+def needed_state(
     module: Module,
     base: type[Module],
     kinds: dict[type[Module], type[Module]],
-) -> tuple[dict[str, Any], str]:
-    """The plain attributes that lmkern's layer has and ``module`` lacks, or why it does not fit.
+) -> tuple[dict[Place, Any], str]:
+    """The attributes that ``module`` needs as a layer of lmkern's, or why it does not fit.
 
     They are those of a new layer from the same constructor arguments, on the meta device, which costs
     neither memory nor random numbers. ``kinds``: torch's class -> lmkern's.
@@ -169,7 +172,23 @@ def missing_state(
         same = getattr(type(own), "forward", None) is getattr(type(child), "forward", None)
         if not same and not any(pair == {a, b} for a, b in kinds.items()):
             return {}, f"{key} is a {type(own).__name__} instead of a {type(child).__name__}"
-    return {k: v for k, v in model.__dict__.items() if k not in module.__dict__}, ""
+    state: dict[Place, Any] = {}
+    plain = Module().__dict__  # what any module has is the layer's own
+    for key, value in model.__dict__.items():
+        own = module.__dict__.get(key, ...)
+        # Options may have been changed since; what is private must be as lmkern's forward expects it.
+        if own is ... or (key.startswith("_") and key not in plain and own != value):
+            state["", key] = value
+    for where in ("_parameters", "_buffers"):
+        for key, value in attributes(model, where).items():
+            if value is None and not hasattr(module, key):
+                state[where, key] = None
+    return state, ""
+
+
+def attributes(module: Module, where: str) -> dict[str, Any]:
+    """The dictionary that holds the attributes of ``module`` at such a :data:`Place`."""
+    return module.__dict__[where] if where else module.__dict__
 
 
 def _arguments(

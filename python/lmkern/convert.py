@@ -19,11 +19,20 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from lmkern import nn
-from lmkern._layer_kinds import KINDS, lookalike, missing_state, obstacle, plain_class
+from lmkern._layer_kinds import (
+    KINDS,
+    Place,
+    attributes,
+    lookalike,
+    needed_state,
+    obstacle,
+    plain_class,
+)
 
 Selector = str | type[Module]
 
-# In a swapped module's __dict__: its class before, torch's class that it is of, and what was added.
+# In a swapped module's __dict__: its class before, torch's class that it is of, and what other
+# attributes were before, `...` for those that were not there (copies and pickles keep its identity).
 _RECORD = "_lmkern_converted_from"
 
 
@@ -108,7 +117,7 @@ def convert(
     included = None if include is None else _selection("include", include, names, set(kinds))
     excluded = _selection("exclude", exclude, names, None)
 
-    plans: list[tuple[Module, type[Module], dict[str, Any]]] = []
+    plans: list[tuple[Module, type[Module], dict[Place, Any]]] = []
     report = ConversionReport([], [])
     closed: dict[Module, str] = {}  # modules inside a left layer that reads them, and its name
     for module, places in names.items():
@@ -120,7 +129,7 @@ def convert(
             if reason:
                 report.left.append(ConvertedLayer(tuple(places), _kind_name(module), reason))
             continue
-        added: dict[str, Any] = {}
+        state: dict[Place, Any] = {}
         if module in closed:
             reason = f"{closed[module]} around it was left and reads its weights directly"
         elif module in excluded:
@@ -130,23 +139,27 @@ def convert(
         else:
             reason = obstacle(module, found)
             if not reason:
-                added, reason = missing_state(module, found, kinds)
+                state, reason = needed_state(module, found, kinds)
         if reason:
             report.left.append(ConvertedLayer(tuple(places), _kind_name(module), reason))
             if KINDS[found.__name__].reads_children and type(module).forward is found.forward:
                 inside = (child for child in module.modules() if child is not module)
                 closed |= {child: _kind_name(module) for child in inside}
         else:
-            plans.append((module, found, added))
+            plans.append((module, found, state))
             report.swapped.append(ConvertedLayer(tuple(places), _kind_name(module)))
 
-    for module, found, added in plans:
-        record = (plain_class(module), found, tuple(added))
+    for module, found, state in plans:
+        before: dict[Place, Any] = {}
+        cls = plain_class(module)
         for key in KINDS[found.__name__].drop:
             module.__dict__.pop(key, None)
         _set_class(module, kinds[found])
-        module.__dict__.update(added)
-        module.__dict__[_RECORD] = record
+        for (where, key), value in state.items():
+            values = attributes(module, where)
+            before[where, key] = values.get(key, ...)
+            values[key] = value
+        module.__dict__[_RECORD] = (cls, found, before)
     return report
 
 
@@ -175,9 +188,12 @@ def revert(model: Module) -> list[str]:
                 f"convert() left it, got {_kind_name(module)}"
             )
     for module in names:
-        cls, base, added = module.__dict__.pop(_RECORD)
-        for key in added:
-            module.__dict__.pop(key, None)
+        cls, base, before = module.__dict__.pop(_RECORD)
+        for (where, key), value in before.items():
+            if value is ...:
+                attributes(module, where).pop(key, None)
+            else:
+                attributes(module, where)[key] = value
         _set_class(module, cls)
         KINDS[base.__name__].restore(module)
     return [places[0] for places in names.values()]
