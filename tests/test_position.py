@@ -74,8 +74,9 @@ def test_rotary_gradcheck_and_compile():
     q, k = (torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in "qk")
     assert torch.autograd.gradcheck(lambda q, k: rotary(q, k, 2), (q, k))
     compiled = torch.compile(rotary, fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(q, k, 2), rotary(q, k, 2), strict=True):
-        torch.testing.assert_close(a, b)
+    for offset in (2, torch.tensor([3])):
+        for a, b in zip(compiled(q, k, offset), rotary(q, k, offset), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_tables_are_made_once_and_stay_out_of_checkpoints():
