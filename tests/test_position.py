@@ -46,6 +46,13 @@ def test_rotary(interleaved, D, R, dtype):
     torch.testing.assert_close(rotary(q[0], k[0], 3)[1], rotary(q, k, 3)[1][0])
 
 
+def test_rows_before_the_first_position_are_padding():
+    rotary, q = RotaryPosition(8), torch.randn(2, 3, 4, 8)
+    out, _ = rotary(q, None, torch.tensor([-100, -2]))
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[1, :, 2:], rotary(q[1, :, 2:])[0])
+
+
 def test_rotary_scores_depend_on_distances_only():
     rotary = RotaryPosition(16)
     q, k, v = (torch.randn(1, 2, 6, 16, dtype=torch.float64) for _ in range(3))
