@@ -116,17 +116,9 @@ def test_rows_of_their_own_lengths(data):
             c = n if counts is None else counts[b]
             for part, x in zip(parts, (q, k, v), strict=True):
                 part[b, :, n - c :] = x[b, :, done[b] : done[b] + c]
-        # The first of the n tokens may be padding, which stands before the row's next position.
         c = torch.full((B,), n) if counts is None else torch.tensor(counts)
-        position = torch.as_tensor(cache.position(0)) + c - n
-        turned = [x.clone() for x in parts[:2]]
-        for b in range(B):
-            take = slice(n - int(c[b]), n)
-            start = int(position.expand(B)[b]) + n - int(c[b])
-            turned[0][b, :, take], turned[1][b, :, take] = rotary(
-                parts[0][b, :, take], parts[1][b, :, take], start
-            )
-        out = attend(cache, *turned, parts[2], counts=None if counts is None else c)
+        q_new, k_new = rotary(*parts[:2], cache.position(0) + c - n)
+        out = attend(cache, q_new, k_new, parts[2], counts=None if counts is None else c)
         for b in range(B):
             torch.testing.assert_close(
                 out[b, :, n - int(c[b]) :], expected[b, :, done[b] : done[b] + int(c[b])]

@@ -46,6 +46,13 @@ def test_rotary(interleaved, D, R, dtype):
     torch.testing.assert_close(rotary(q[0], k[0], 3)[1], rotary(q, k, 3)[1][0])
 
 
+def test_rows_before_the_first_position_are_padding():
+    rotary, q = RotaryPosition(8), torch.randn(2, 3, 4, 8)
+    out, _ = rotary(q, None, torch.tensor([-100, -2]))
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[1, :, 2:], rotary(q[1, :, 2:])[0])
+
+
 def test_rotary_scores_depend_on_distances_only():
     rotary = RotaryPosition(16)
     q, k, v = (torch.randn(1, 2, 6, 16, dtype=torch.float64) for _ in range(3))
@@ -74,8 +81,9 @@ def test_rotary_gradcheck_and_compile():
     q, k = (torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in "qk")
     assert torch.autograd.gradcheck(lambda q, k: rotary(q, k, 2), (q, k))
     compiled = torch.compile(rotary, fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(q, k, 2), rotary(q, k, 2), strict=True):
-        torch.testing.assert_close(a, b)
+    for offset in (2, torch.tensor([3])):
+        for a, b in zip(compiled(q, k, offset), rotary(q, k, offset), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_tables_are_made_once_and_stay_out_of_checkpoints():

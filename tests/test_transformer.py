@@ -307,3 +307,21 @@ def test_bad_arguments(call, match):
     with pytest.raises(ValueError, match=match) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_export():
+    ours, _ = pair("Transformer", layers=1)
+    args, masks = tuple(inputs("Transformer")), {"src_key_padding_mask": padding(5, 3, size=5)}
+    program = torch.export.export(ours, args, masks)
+    torch.testing.assert_close(program.module()(*args, **masks), ours(*args, **masks))
+
+
+def test_torchs_encoder_takes_our_layer():
+    layer, _ = build(lmkern.nn, "TransformerEncoderLayer", batch_first=True)
+    stack = torch.nn.TransformerEncoder(layer, 2).eval()
+    torch.backends.mha.set_fastpath_enabled(True)
+    x = inputs("TransformerEncoder", True)[0]
+    hidden = padding(5, 3, size=5)
+    expected = layer(layer(x, None, hidden), None, hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(stack(x, src_key_padding_mask=hidden), expected)

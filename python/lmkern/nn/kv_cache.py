@@ -21,7 +21,8 @@ class KVCache:
 
     Positions are right without further ado: the last query stands at the last key. Layers that turn
     keys by their position (:class:`RotaryPosition`) take ``offset=cache.position(layer)`` before they
-    append. For inference: gradients do not survive the next call, which writes into the same memory.
+    append, or ``cache.position(layer) + counts - n`` for rows that are padded on the left. For
+    inference: gradients do not survive the next call, which writes into the same memory.
 
     Args:
         num_layers: number of layers. batch_size: B, sequences.

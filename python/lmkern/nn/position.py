@@ -27,35 +27,40 @@ class _Table:
     def __getstate__(self) -> dict[str, Any]:
         return {"rows": self.rows, "kept": {}}  # not into a checkpoint: it is cheap
 
-    def _make(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def _make(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         # In float64, and rounded once: in float32 the angle of position 100,000 is off by 0.004.
-        position = torch.arange(length, dtype=torch.float64, device=device)
-        return tuple(x.to(dtype) for x in self.rows(position))
+        return tuple(x.to(dtype) for x in self.rows(position.double()))
 
     def __call__(
         self, offset: int | Tensor, length: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
         """Rows of positions offset to offset + length: [length, ...], or [B, length, ...]."""
-        if isinstance(offset, Tensor):
-            needed = int(offset.max()) + length if offset.numel() else 0
-        else:
-            needed = offset + length
         if (
             torch.compiler.is_compiling()
         ):  # part of the graph: a table that grew would be another one
-            kept = self._make(needed, device, dtype)
+            position = torch.arange(length, device=device)
+            if not isinstance(offset, Tensor):
+                return self._make(position + offset, dtype)
+            position = offset[:, None] + position
+            made = self._make(position.flatten(), dtype)
+            return tuple(x.unflatten(0, position.shape) for x in made)
+        if isinstance(offset, Tensor):
+            needed = max(int(offset.max()), 0) + length if offset.numel() else 0
         else:
-            kept = self.kept.get((device, dtype), ())
-            if not kept or kept[0].shape[0] < needed:
-                with torch.no_grad():
-                    kept = self._make(1 << max(needed - 1, 0).bit_length(), device, dtype)
-                self.kept[device, dtype] = kept
+            needed = offset + length
+        kept = self.kept.get((device, dtype), ())
+        if not kept or kept[0].shape[0] < needed:
+            size = 1 << max(needed - 1, 0).bit_length()
+            with torch.no_grad():
+                kept = self._make(torch.arange(size, device=device), dtype)
+            self.kept[device, dtype] = kept
         return tuple(_rows(x, offset, length) for x in kept)
 
 
 def _rows(table: Tensor, offset: int | Tensor, length: int) -> Tensor:
     if isinstance(offset, Tensor):
-        return table[offset[:, None] + torch.arange(length, device=table.device)]
+        position = offset[:, None] + torch.arange(length, device=table.device)
+        return table[position.clamp(min=0)]
     return table[offset : offset + length]
 
 
@@ -115,7 +120,8 @@ class SinusoidalPosition(_Added):
 
     Shape:
         - input: [L, B, E], [B, L, E] with ``batch_first``, or [L, E].
-        - offset: the position of the first row, an int, or int32 or int64 [B].
+        - offset: the position of the first row, an int, or int32 or int64 [B], where it may be negative:
+          rows before position 0 are padding, and get anything.
         - returns the shape and dtype of the input.
 
     Raises:
@@ -193,7 +199,8 @@ class RotaryPosition(Module):
 
     Shape:
         - query: [..., H, L, D]. key: [..., H_kv, L, D], or None.
-        - offset: the position of the first row, an int, or int32 or int64 [B] for [B, H, L, D].
+        - offset: the position of the first row, an int, or int32 or int64 [B] for [B, H, L, D]; see
+          :class:`SinusoidalPosition`.
         - returns (query, key), of the same shapes and dtypes.
 
     Raises:
