@@ -1,15 +1,36 @@
-"""Inputs of recurrent layers, and torch's own operators in one form."""
+"""Inputs of recurrent layers, torch's own operators in one form, and modules beside torch's."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
+import lmkern
 from lmkern.functional import gru, lstm, rnn
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "rnn_sigmoid": 1}
 CELLS = list(GATES)
+
+# lmkern.nn's and torch.nn's modules, and what the layers are built with.
+LAYERS = ["RNN", "LSTM", "GRU"]
+NN_CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
+COMMON = [
+    {},
+    {"num_layers": 3},
+    {"bias": False},
+    {"batch_first": True},
+    {"bidirectional": True, "num_layers": 2},
+    {"dtype": torch.float64},
+    {"bidirectional": True, "batch_first": True, "bias": False, "num_layers": 2},
+]
+CONFIGS = [(kind, options) for kind in LAYERS for options in COMMON]
+CONFIGS += [("RNN", {"nonlinearity": "relu", "num_layers": 2})]
+CONFIGS += [
+    ("LSTM", {"proj_size": 3}),
+    ("LSTM", {"proj_size": 3, "num_layers": 2, "bidirectional": True, "bias": False}),
+]
 
 
 def weights(
@@ -49,3 +70,58 @@ def torch_layer(cell: str, x, w_ih, w_hh, b_ih, b_hh, h0, c0=None, reverse=False
     run = getattr(torch._VF, cell)
     y, *state = run(x, state, [w_ih, w_hh, b_ih, b_hh], True, 1, 0.0, False, False, False)
     return y, *(s[0] for s in state)
+
+
+def pair(kind, *args, **kwargs):
+    """Ours and torch's, from the same seed."""
+    torch.manual_seed(3)
+    theirs = getattr(torch.nn, kind)(*args, **kwargs)
+    torch.manual_seed(3)
+    return getattr(lmkern.nn, kind)(*args, **kwargs), theirs
+
+
+def state_for(module, batch=(), dtype=None):
+    """A random hx for a layer."""
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    dtype = dtype or module.weight_ih_l0.dtype
+    h = torch.randn(rows, *batch, module.proj_size or module.hidden_size, dtype=dtype)
+    if module.mode != "LSTM":
+        return h
+    return h, torch.randn(rows, *batch, module.hidden_size, dtype=dtype)
+
+
+def leaves(value):
+    """All tensors in nested tuples and packed sequences, in order."""
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in leaves(v)]
+
+
+def assert_same(ours, theirs, *args, tol=1e-5):
+    """Outputs, states and all gradients, those of the tensors in args too."""
+
+    def gradients(module):
+        own = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in leaves(args)]
+        it = iter(own)
+
+        def rebuild(value):
+            if isinstance(value, PackedSequence):
+                return PackedSequence(next(it), *value[1:])
+            if isinstance(value, torch.Tensor):
+                return next(it)
+            return tuple(rebuild(v) for v in value)
+
+        outputs = leaves(module(*(rebuild(a) for a in args)))
+        torch.manual_seed(5)
+        sum((o * torch.randn_like(o)).sum() for o in outputs).backward()
+        grads = [t.grad for t in own] + [p.grad for p in module.parameters()]
+        module.zero_grad(set_to_none=True)
+        return outputs, grads
+
+    (a, da), (b, db) = gradients(ours), gradients(theirs)
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.dtype == y.dtype
+        torch.testing.assert_close(x, y, atol=tol, rtol=tol)
+    for x, y in zip(da, db, strict=True):
+        torch.testing.assert_close(x, y, atol=20 * tol, rtol=20 * tol)

@@ -1,6 +1,7 @@
 """lmkern.functional.{lstm,gru,rnn} and the ops under them, without options, against torch.
 
-Layers and cells: test_recurrent_layers.py. Options: test_recurrent_options.py.
+Layers and cells: test_recurrent_layers.py, test_recurrent_modules.py. Options:
+test_recurrent_options.py, test_recurrent_layer_options.py.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ inline const ExchangeApi* exchange_api(PyTypeObject* type) {
   if (api == nullptr) throw pybind11::error_already_set();
   while (api != nullptr && api->version.major != kMajor) api = api->previous;
   if (api == nullptr) throw std::runtime_error("lmkern: torch offers no DLPack 1.x exchange API");
-  // A type is remembered only if it lives as long as the process: a static one, or torch's
-  // Parameter.
+  // A type is remembered only if it lives as long as the process: a static one,
+  // or torch's Parameter.
   cache[1] = cache[0];
   cache[0] = {type, api};
   Py_INCREF(type);

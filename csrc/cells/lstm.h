@@ -5,11 +5,11 @@
 // sigmoid and tanh for the value type V; it is a type of its own in each instruction-set build,
 // which also keeps the instantiations of different builds apart.
 //
-//   update           gates: x' in, activations out; c: c_{t-1} in, c_t out (cells without c ignore
-//   it) output           h_t from the activations and c as the output reads it (under norm, LN(c))
+//   update           gates: x' in, activations out; c: c_{t-1} in, c_t out
+//                    (cells without c ignore it)
+//   output           h_t from the activations and c as the output reads it (under norm, LN(c))
 //   output_backward  d_h in; dL/d(activation) of the gates the output reads, d_c_read and the part
-//   of
-//                    d_h_{t-1} that bypasses W_hh out
+//                    of d_h_{t-1} that bypasses W_hh out
 //   update_backward  d_act: dL/d(activation) in, dL/dx' out; d_hh: dL/dhh out; d_c: dL/dc_t in,
 //                    dL/dc_{t-1} out
 #pragma once

@@ -1,6 +1,6 @@
-// Argument checks, written once for every op and backend (csrc/ops/*.cpp). They run before anything
-// is written, and throw; the bindings turn the exceptions into ValueError, TypeError and
-// IndexError.
+// Argument checks, written once for every op and backend (csrc/ops/*.cpp). They run before
+// anything is written, and throw; the bindings turn the exceptions into ValueError, TypeError
+// and IndexError.
 //
 //   check.shape("w_hh", a.w_hh, {4 * H, H}, "[4H, H]")
 //   -> ValueError: lstm_forward: w_hh must be [4H, H] = [1024, 256], got [1024, 128]

@@ -2,8 +2,8 @@
 //
 // OpenMP, with torch's own libgomp: torch is imported first and its copy has the soname the linker
 // looks for, so one process has one pool and torch.set_num_threads (omp_set_num_threads inside)
-// rules us too. One parallel region per call; where steps depend on each other, threads meet at a
-// Barrier.
+// rules us too. One parallel region per call; where steps depend on each other, threads meet
+// at a Barrier.
 #pragma once
 #include <omp.h>
 
@@ -54,9 +54,9 @@ class WorkQueue {
   const std::int64_t n_;
 };
 
-// Meets once per time step: spins, because a step lasts microseconds and a futex wake-up costs
-// more, but yields after a while, because on an oversubscribed machine the other thread may need
-// this core.
+// Meets once per time step: spins, because a step lasts microseconds and a futex wake-up
+// costs more, but yields after a while, because on an oversubscribed machine the other thread
+// may need this core.
 class Barrier {
  public:
   LMKERN_INLINE void wait(int threads) {

@@ -17,8 +17,9 @@
 // 32, which must be zero. Row strides that are odd multiples of 32 (`plane_stride`) spread a tile
 // over the sets of the L1 cache.
 //
-// Layout of B, "panel": N tiles of 16 columns, [k-block of 32][plane][tile][16 pairs of k][16
-// columns][2], zero beyond the given columns and depth.
+// Layout of B, "panel": N tiles of 16 columns,
+// [k-block of 32][plane][tile][16 pairs of k][16 columns][2],
+// zero beyond the given columns and depth.
 //
 // Numerics: an element's value depends on its row, its column and k only, never on what else is
 // multiplied with them; k ascends in blocks of 32.
@@ -51,8 +52,8 @@ inline constexpr std::int64_t kPanelBlock = kPlanes * N * kTileSize;
 
 // ---- split ------------------------------------------------------------------------------------
 
-// The largest |x| of all that it was shown, as a bit pattern: that of Inf or NaN is above any
-// number.
+// The largest |x| of all that it was shown, as a bit pattern:
+// that of Inf or NaN is above any number.
 struct Magnitude {
   Words bits{};
   LMKERN_INLINE void see(Vec<float> v) { bits = max(bits, (Words)v & 0x7fffffffu); }
@@ -128,8 +129,8 @@ LMKERN_INLINE void planes_from_rows(const float* from, std::int64_t stride, std:
   }
 }
 
-// planes[r][k] = from[k][r]: the transpose of a row-major `from`. Rows up to a multiple of 16
-// become zero too.
+// planes[r][k] = from[k][r]: the transpose of a row-major `from`.
+// Rows up to a multiple of 16 become zero too.
 LMKERN_INLINE void planes_from_columns(const float* from, std::int64_t stride, std::int64_t rows,
                                        std::int64_t depth, Half* to, std::int64_t to_stride,
                                        std::int64_t plane, Magnitude& seen) {
@@ -180,8 +181,8 @@ LMKERN_INLINE void pack_panel_from_rows(const float* const (&rows)[N],
   }
 }
 
-// The panel's columns are `columns` (at most 16 N) neighbouring ones of the row-major `from`
-// [depth, ...].
+// The panel's columns are `columns` (at most 16 N) neighbouring ones
+// of the row-major `from` [depth, ...].
 template <int N>
 LMKERN_INLINE void pack_panel_from_columns(const float* from, std::int64_t columns,
                                            std::int64_t stride, std::int64_t depth, Half* to,

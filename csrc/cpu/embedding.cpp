@@ -59,8 +59,8 @@ Buckets bucket(const I* index, std::int64_t n, std::int64_t rows) {
   auto* const starts =
       static_cast<std::int64_t*>(thread_scratch((rows + 2 + n) * sizeof(std::int64_t)));
   auto* const ids = starts + rows + 2;
-  // Counting sort; counts are kept two places up, so that after the second pass starts[v] is row
-  // v's.
+  // Counting sort; counts are kept two places up, so that after the second pass
+  // starts[v] is row v's.
   for (std::int64_t v = 0; v < rows + 2; ++v) starts[v] = 0;
   for (std::int64_t i = 0; i < n; ++i) ++starts[index[i] + 2];
   for (std::int64_t v = 2; v < rows + 2; ++v) starts[v] += starts[v - 1];

@@ -6,9 +6,9 @@
 //
 // a is broadcast element by element, so it may have any strides and is never packed; b is read in
 // whole vectors, from a packed weight panel, a transposed tile or a padded row; it may be kept in a
-// storage type narrower than T. Every product of a
-// recurrent step and of attention's forward and backward has this form (csrc/cpu/recurrent.cpp,
-// csrc/cpu/attention.cpp say which). The epilogue receives the tile while it is still in registers.
+// storage type narrower than T. Every product of a recurrent step and of attention's forward and
+// backward has this form (csrc/cpu/recurrent.cpp, csrc/cpu/attention.cpp say which). The epilogue
+// receives the tile while it is still in registers.
 //
 // Numerics: FMA chains over k in ascending order, of a length that depends neither on M nor on how
 // rows and columns were divided among threads, which is why results do not either.
@@ -59,8 +59,8 @@ LMKERN_INLINE void with_rows(std::int64_t row, std::int64_t rows, const F& f) {
 
 }  // namespace detail
 
-// Covers rows [0, rows) with tiles of at most Max rows, as equal as possible (20 rows are 5 + 5 + 5
-// + 5 rather than 6 + 6 + 6 + 2), and calls f(first_row, Rows<M>{}) for each.
+// Covers rows [0, rows) with tiles of at most Max rows, as equal as possible (20 rows are
+// 5 + 5 + 5 + 5 rather than 6 + 6 + 6 + 2), and calls f(first_row, Rows<M>{}) for each.
 template <int Max, class F>
 LMKERN_INLINE void for_row_tiles(std::int64_t rows, const F& f) {
   const std::int64_t tiles = (rows + Max - 1) / Max;

@@ -1,15 +1,14 @@
 // Forward pass of the recurrent layers (csrc/ops/recurrent.h).
 //
 // Parallel  RecurrentPlan: a thread owns rows of the batch or panels of hidden units, for all
-// steps. Traffic   per step W_hh once (from L2 if a thread's share fits there: read for each tile
-// of rows),
-//           gates once in and, when training, once out. At B = 1 bound by reading W_hh, from about
-//           B = 8 on by FMA.
+//           steps.
+// Traffic   per step W_hh once (from L2 if a thread's share fits there: read for each tile of
+//           rows), gates once in and, when training, once out. At B = 1 bound by reading W_hh, from
+//           about B = 8 on by FMA.
 // Limits    W_hh is packed at each call, in panels of one vector of units with their gates
-// adjacent,
-//           so that an epilogue finds all gates of a unit side by side. That costs about two time
-//           steps at B = 1. A pack cached across calls would go stale unseen when weights are
-//           written through `.data`, which does not count up a tensor's version.
+//           adjacent, so that an epilogue finds all gates of a unit side by side. That costs about
+//           two time steps at B = 1. A pack cached across calls would go stale unseen when weights
+//           are written through `.data`, which does not count up a tensor's version.
 //
 // A step has up to three phases, with a barrier after each where threads divide the units:
 //   gates       product with W_hh; without norm, the cell follows panel by panel

@@ -95,8 +95,8 @@ struct RecurrentPlan {
       threads = 1;
   }
 
-  // This thread's rows of the batch: all of them by units; otherwise shares of equal numbers of
-  // steps.
+  // This thread's rows of the batch: all of them by units; otherwise shares of equal
+  // numbers of steps.
   LMKERN_INLINE Range rows_of(const Steps& steps, int thread, int count) const {
     if (!by_rows) return {0, steps.batch};
     if (steps.sizes == nullptr || row_align > 1)

@@ -5,15 +5,15 @@
 //           d_hh_t W_hh ends in the epilogue that computes d_gates_{t-1} for the same units, while
 //           d_h_{t-1} is still at hand: one barrier per step.
 // Limits    d_gates is rounded to the storage type for the caller's products over all steps, but
-// the
-//           recurrence itself goes on in the accumulate type.
+//           the recurrence itself goes on in the accumulate type.
 //
 // Steps are taken in the opposite order, and one more at the end, which only passes d_h and d_c on
 // to the initial state; in a packed batch that runs backwards, rows come to that point one by one.
 // The phases of a step, with a barrier after each where threads divide the units:
-//   hidden      product of the later step's d_hh with W_hh gives d_h; then, panel by panel, the
-//   cell projection  product of d_h with W_hr rows        under norm: statistics over a whole row,
-//   then the cell
+//   hidden      product of the later step's d_hh with W_hh gives d_h;
+//               then, panel by panel, the cell
+//   projection  product of d_h with W_hr
+//   rows        under norm: statistics over a whole row, then the cell
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/recurrent.h"
@@ -291,8 +291,8 @@ class BackwardPass {
     return o.peephole.defined() ? unit.peephole : nullptr;
   }
 
-  // The cell's gradient from d_act and, for c, what the output passed on; d_hh is left to the
-  // caller.
+  // The cell's gradient from d_act and, for c, what the output passed on;
+  // d_hh is left to the caller.
   LMKERN_INLINE void update_gradient(const Row& row, std::int64_t u, std::int64_t n,
                                      const Unit& unit, V (&d_act)[kGates], V d_c_read,
                                      V (&d_hh)[kGates]) {

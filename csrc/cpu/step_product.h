@@ -1,13 +1,12 @@
-// The product of a recurrent step, out = operand weights + bias, over panels of N vectors of
-// columns.
+// The product of a recurrent step, out = operand weights + bias,
+// over panels of N vectors of columns.
 //
 // Weights are packed once for all steps. The operand is written by the epilogue of the step before,
 // so there are two of them. Two forms, chosen once per call:
 //   vectors  csrc/cpu/gemm.h: panels in W, a storage type or what it accumulates in; any batch
 //   tiles    csrc/cpu/amx.h: float32 in three bfloat16 planes each, where the processor has tiles
-//   and
-//            the batch fills them. Six bytes a weight, 2.7 times the rate of FMA. Nobody checks the
-//            range of amx.h here: parts below 2^-126 count as zero, and an Inf becomes a NaN
+//            and the batch fills them. Six bytes a weight, 2.7 times the rate of FMA. Nobody checks
+//            the range of amx.h here: parts below 2^-126 count as zero, and an Inf becomes a NaN
 #pragma once
 #include "core/memory.h"
 #include "core/parallel.h"
@@ -179,8 +178,8 @@ class StepProduct {
   LMKERN_INLINE void place_operands(Scratch& scratch, std::int64_t rows) {
     LMKERN_FORM(place_operands(scratch, rows));
   }
-  // A panel from a matrix whose rows are columns here: `counts[j]` rows from rows[j] on make vector
-  // j.
+  // A panel from a matrix whose rows are columns here: `counts[j]` rows from rows[j] on
+  // make vector j.
   LMKERN_INLINE void pack_rows(std::int64_t panel, const S* const (&rows)[N],
                                const std::int64_t (&counts)[N], std::int64_t stride) {
     LMKERN_FORM(pack_rows(panel, rows, counts, stride));

@@ -103,8 +103,8 @@ LMKERN_INLINE void store(bfloat16* p, Vec<float> v) {
 
 // float16: by instruction where there is one, otherwise by moving bits. To float: the half's
 // exponent and mantissa, read as a float, are the value times 2^-112; denormals come out right too.
-// From float: adding 2^-1 pushes the bits that a denormal half cannot keep out of the mantissa,
-// rounded.
+// From float: adding 2^-1 pushes the bits that a denormal half cannot keep out of the
+// mantissa, rounded.
 LMKERN_INLINE Vec<float> widen_half(HalfWords half) {
   const Words bits = __builtin_convertvector(half, Words), magnitude = (bits & 0x7fffu) << 13;
   const Words value = (Words)((Vec<float>)magnitude * 0x1p112f);
@@ -214,9 +214,9 @@ LMKERN_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 
-// numerator / denominator for finite denominators of at least 1. A 512-bit division takes the FMA
-// port for 16 cycles; the 14-bit estimate and one Newton step take 4, at an error of at most 1 ULP
-// more.
+// numerator / denominator for finite denominators of at least 1. A 512-bit division takes the
+// FMA port for 16 cycles; the 14-bit estimate and one Newton step take 4, at an error of at most
+// 1 ULP more.
 LMKERN_INLINE Vec<float> divide(Vec<float> numerator, Vec<float> denominator) {
 #if defined(__AVX512F__)
   typedef float Whole __attribute__((vector_size(64)));
@@ -298,8 +298,8 @@ LMKERN_INLINE Vec<T> fold_halves(Vec<T> a, Vec<T> b) {
   return concatenate<0>(a, b, Lanes{}) + concatenate<1>(a, b, Lanes{});
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < cols, and zero for rows <= r
-// < padded_rows, a multiple of the lanes. `to` may be S or what S accumulates in.
+// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < cols, and zero for
+// rows <= r < padded_rows, a multiple of the lanes. `to` may be S or what S accumulates in.
 template <class S, class To>
 LMKERN_INLINE void transpose_into(const S* from, std::int64_t from_stride, std::int64_t rows,
                                   std::int64_t padded_rows, std::int64_t cols, To* to,

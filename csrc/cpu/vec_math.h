@@ -1,8 +1,8 @@
 // exp, log, tanh, sigmoid and erf of a vector.
 //
 // Max error in ULP over the whole range, denormal results excepted where noted;
-// tests/test_vec_math.py holds us to it. Infinities and NaN give what <cmath> gives. Polynomials:
-// csrc/cpu/vec_fit.py.
+// tests/test_vec_math.py holds us to it. Infinities and NaN give what <cmath> gives.
+// Polynomials: csrc/cpu/vec_fit.py.
 //
 //             float  double   method
 //   exp         1.5     1.5   2^n e^r, |r| <= ln2/2; results below the normals are exact to 1 ULP

@@ -1,14 +1,15 @@
 // Embedding lookup.
 //
 // Math       out[n, :] = weight[indices[n], :]
-// Gradient   d_weight[v, :] = sum over n with indices[n] = v of d_out[n, :]; zero for v =
-// padding_idx;
-//            divided by the number of such n if scale_grad_by_freq.
-// Shapes     weight, d_weight [V, D]   indices [...] int32 or int64, N elements   out, d_out [...,
-// D] Layout     contiguous, but weight may have any row stride. Aliasing   none. Numerics   forward
-// copies bits. Backward adds in float (double for float64) in ascending n and
-//            writes each row of d_weight once, untouched rows as zeros; same bits for any thread
-//            count.
+// Gradient   d_weight[v, :] = sum over n with indices[n] = v of d_out[n, :]; zero for
+//            v = padding_idx; divided by the number of such n if scale_grad_by_freq.
+// Shapes     weight, d_weight [V, D]   indices [...] int32 or int64, N elements
+//            out, d_out [..., D]
+// Layout     contiguous, but weight may have any row stride.
+// Aliasing   none.
+// Numerics   forward copies bits. Backward adds in float (double for float64) in ascending n and
+//            writes each row of d_weight once, untouched rows as zeros; same bits for any
+//            thread count.
 // Errors     IndexError naming index, position and V, before anything is written.
 // Source     torch.nn.functional.embedding.
 #pragma once

@@ -15,9 +15,8 @@
 //               h_t is computed from the c_t before zoneout
 //   projection  h_t <- h_t W_hr^T                                                 (LSTM)
 //   reset       h_{t-1} = c_{t-1} = 0 in marked rows, before the step
-// Gradient      d_act of each gate from d_h and d_c as usual; d_gates is dL/dx', d_hh is dL/d(h
-// W^T).
-//               They differ for the GRU (n's share is scaled by r) and under norm.
+// Gradient      d_act of each gate from d_h and d_c as usual; d_gates is dL/dx', d_hh is
+//               dL/d(h W^T). They differ for the GRU (n's share is scaled by r) and under norm.
 //               d_h_{t-1} = m * (d_hh_t W_hh) + what z and zoneout pass on.
 //               Outside this kernel, as single products over all steps: d_W_ih, d_W_hh, d_x, d_b.
 // Shapes        G gates (4, 3, 1), H units, P = width of h (H, or the projection's).
@@ -25,17 +24,14 @@
 //               PackedSequence: step t has batch_sizes[t] rows, they follow each other, and row b
 //               of a step continues row b of the step before.
 // Layout        all contiguous. dtype S: one of float32, float64, bfloat16, float16 for all, but
-// what
-//               is marked A (accumulate) is float64 for float64 and float32 otherwise.
+//               what is marked A (accumulate) is float64 for float64 and float32 otherwise.
 // Aliasing      gates is updated in place: x' in, activations out. Outputs alias nothing.
 // Numerics      accumulation in A, one chain over k; the recurrence itself is never rounded to S,
-// only
-//               what is written out. Same bits for any number of threads.
+//               only what is written out. Same bits for any number of threads.
 // Source        Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; peepholes:
-// Gers
-//               & Schmidhuber 2000; Cho et al. 2014, in cuDNN's variant with b_hn inside r * (.);
-//               Elman 1990; layer norm: Ba et al. 2016; zoneout: Krueger et al. 2017; recurrent
-//               dropout: Gal & Ghahramani 2016; projection: Sak et al. 2014.
+//               Gers & Schmidhuber 2000; Cho et al. 2014, in cuDNN's variant with b_hn inside
+//               r * (.); Elman 1990; layer norm: Ba et al. 2016; zoneout: Krueger et al. 2017;
+//               recurrent dropout: Gal & Ghahramani 2016; projection: Sak et al. 2014.
 #pragma once
 #include "core/tensor_view.h"
 
