@@ -255,12 +255,20 @@ def test_any_size(B, H, L, S, D, Dv, causal, mask_kind, isa):
 def test_opcheck():
     q, k, v = heads(2, 2, 5, 6, 4, 3)
     ops = torch.ops.lmkern
-    mask = torch.ones(2, 2, 5, 6, dtype=torch.bool)
-    torch.library.opcheck(ops.attention_forward.default, (q, k, v, mask, 0.5, False))
-    out, lse = ops.attention_forward(q, k, v, mask, 0.5, False)
-    torch.library.opcheck(
-        ops.attention_backward.default, (out, q, k, v, mask, out, lse, 0.5, False)
-    )
+    mask = torch.randn(1, 2, 5, 6)
+    slopes, sinks, lengths = torch.rand(2, 2), torch.rand(2), torch.tensor([6, 4])
+    seed = torch.tensor(3)
+    for problem in (
+        (q, k, v, mask, slopes, sinks, lengths, None, None, seed, 0.5, 2.0, 3, 0, True, 0.1),
+        (q, k, v, None, None, None, None, None, None, None, 0.5, 0.0, -1, -1, False, 0.0),
+        (q[:1], k[:1], v[:1], None, None, None, None, torch.tensor([0, 2, 5]),
+         torch.tensor([0, 4, 6]), None, 0.5, 0.0, -1, -1, False, 0.0),
+    ):  # fmt: skip
+        torch.library.opcheck(ops.attention_forward.default, problem)
+        out, lse = ops.attention_forward(*problem)
+        torch.library.opcheck(ops.attention_backward.default, (out, lse, *problem, out, lse, True))
+        if problem[7] is None:
+            torch.library.opcheck(ops.attention_weights.default, (*problem, lse, False, False))
 
 
 def test_compile_fullgraph():

@@ -31,6 +31,16 @@ lmkern::VecFunction vec_function(const std::string& name) {
   throw std::invalid_argument("vec_math: no function '" + name + "'");
 }
 
+// AttentionProblem, member by member.
+using Problem = std::tuple<TensorView, TensorView, TensorView, TensorView, TensorView, TensorView,
+                           TensorView, TensorView, TensorView, double, double, std::int64_t,
+                           std::int64_t, bool, double, std::int64_t>;
+
+lmkern::AttentionProblem attention_problem(const Problem& members) {
+  return std::apply([](const auto&... member) { return lmkern::AttentionProblem{member...}; },
+                    members);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -125,16 +135,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                 d_gates, d_hh, d_h_prev, d_c_prev, d_b_ih, d_b_hh});
         });
 
-  m.def("attention_forward", [](TensorView q, TensorView k, TensorView v, TensorView mask,
-                                TensorView out, TensorView lse, double scale, bool is_causal) {
-    call(lmkern::attention_forward, {q, k, v, mask, out, lse, scale, is_causal});
+  m.def("attention_forward", [](const Problem& problem, TensorView out, TensorView lse) {
+    call(lmkern::attention_forward, {attention_problem(problem), out, lse});
   });
-  m.def("attention_backward", [](TensorView d_out, TensorView q, TensorView k, TensorView v,
-                                 TensorView mask, TensorView out, TensorView lse, TensorView d_q,
-                                 TensorView d_k, TensorView d_v, double scale, bool is_causal) {
+  m.def("attention_backward", [](const Problem& problem, TensorView d_out, TensorView d_lse,
+                                 TensorView out, TensorView lse, TensorView d_q, TensorView d_k,
+                                 TensorView d_v, TensorView d_distance, TensorView d_mask) {
     call(lmkern::attention_backward,
-         {d_out, q, k, v, mask, out, lse, d_q, d_k, d_v, scale, is_causal});
+         {attention_problem(problem), d_out, d_lse, out, lse, d_q, d_k, d_v, d_distance, d_mask});
   });
+  m.def("attention_weights",
+        [](const Problem& problem, TensorView lse, TensorView weights, bool only_keep) {
+          call(lmkern::attention_weights, {attention_problem(problem), lse, weights, only_keep});
+        });
 
   m.def("embedding_forward", [](TensorView weight, TensorView indices, TensorView out) {
     call(lmkern::embedding_forward, {weight, indices, out});

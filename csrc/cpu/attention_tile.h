@@ -1,20 +1,15 @@
-// What attention's forward and backward passes share: a tile of scores between a block of queries
-// and a block of keys.
+// A tile of scores, between a block of queries and a block of keys: the inner part of every pass of
+// attention over more than a few queries.
 //
 // Queries lie along the lanes, keys and head dimensions along the rows of a tile. With that layout
-// every product of attention is multiply_tile with k or v as the broadcast operand, which is never
+// every product of attention is multiply_rows with k or v as the broadcast operand, which is never
 // transposed; softmax statistics are plain vector operations; and only a block's q and d_out
-// are ever transposed.
+// are ever transposed. A tile of 64 keys x 64 queries, 16 KiB, stays in L1 between the passes over it.
 #pragma once
-#include "core/memory.h"
-#include "core/parallel.h"
-#include "core/tensor_view.h"
-#include "cpu/gemm.h"
-#include "cpu/vec_math.h"
+#include "cpu/attention_problem.h"
+#include "cpu/philox.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
-
-inline constexpr std::int64_t kKeyBlock = 64;
 
 // A number of vectors as a compile-time value that lambdas can receive.
 template <int N>
@@ -26,132 +21,166 @@ struct Vectors {
 // and v less often; narrow ones waste fewer lanes on queries that do not exist and, under a causal
 // mask, on keys that are not seen.
 template <class T, class F>
-LMKERN_INLINE void with_query_vectors(std::int64_t queries, bool is_causal, const F& f) {
-  if (queries <= (is_causal ? 8 : 2) * kLanes<T>)
+LMKERN_INLINE void with_query_vectors(const Geometry& g, const F& f) {
+  if (g.most_queries <= (g.p.window_right == 0 ? 8 : 2) * kLanes<T>)
     f(Vectors<1>{});
   else
     f(Vectors<4>{});
 }
 
-// One head of a [B, H, N, D] tensor: rows of D contiguous elements.
-template <class S>
-struct HeadRows {
-  S* data;
-  std::int64_t stride;
+// A block of queries of one head.
+template <class S, int kVecs>
+class QueryBlock {
+ public:
+  using T = Accumulate<S>;
+  using V = Vec<T>;
+  static constexpr int kLane = kLanes<T>;
+  static constexpr std::int64_t kQueries = kVecs * kLane;
+  static constexpr std::int64_t kTile = kKeyBlock * kQueries;  // elements
 
-  LMKERN_INLINE HeadRows(const TensorView& view, std::int64_t b, std::int64_t h)
-      : data(view.ptr<S>() + b * view.strides[0] + h * view.strides[1]), stride(view.strides[2]) {}
-  LMKERN_INLINE S* row(std::int64_t i) const { return data + i * stride; }
-};
+  const Geometry& g;
+  Sequence s{};
+  std::int64_t head = 0, query = 0, count = 0;  // the head, its first query, how many
+  T* q = nullptr;                               // [D][queries], scaled
 
-// Rows of a head as the microkernel's broadcast operand.
-template <class T>
-struct Operand {
-  const T* data;
-  std::int64_t stride;
-
-  LMKERN_INLINE Operand from(std::int64_t row) const { return {data + row * stride, stride}; }
-};
-
-// Whether a head's rows should be gathered before use. bfloat16 must be, to be converted. Others
-// are used in place where rows follow each other; heads inside one projection lie a few KiB apart,
-// each row on a page of its own and all of them in the same few sets of the L1 cache, where no
-// prefetcher follows: reading them again for each block of queries took a fifth of the time.
-template <class S>
-LMKERN_INLINE bool must_gather(const TensorView& view, bool reused) {
-  return sizeof(S) != sizeof(Accumulate<S>) || (reused && view.strides[2] != view.shape[3]);
-}
-
-template <class S>
-LMKERN_INLINE Operand<Accumulate<S>> operand(HeadRows<const S> rows, bool gather,
-                                             std::int64_t first, std::int64_t count,
-                                             std::int64_t width, Accumulate<S>* buffer) {
-  constexpr std::int64_t n = kLanes<Accumulate<S>>;
-  if constexpr (sizeof(S) == sizeof(Accumulate<S>))
-    if (!gather) return {rows.row(first), rows.stride};
-  for (std::int64_t r = 0; r < count; ++r) {
-    const S* const from = rows.row(first + r);
-    Accumulate<S>* const to = buffer + r * width;
-    std::int64_t d = 0;
-    for (; d + n <= width; d += n) store(to + d, load(from + d));
-    if (d < width) store_n(to + d, load_n(from + d, width - d), width - d);
+  explicit QueryBlock(const Geometry& geometry) : g(geometry) {}
+  void layout(Scratch& scratch) {
+    q = scratch.take<T>(g.depth * kQueries);
+    mask_ = scratch.take<T>(g.p.mask.defined() ? 2 * kTile : 0);
   }
-  return {buffer, width};
-}
 
-// The additive mask of a tile, [keys][queries] with queries padded to `padded`: 0 or -inf for a
-// bool mask. Returns whether any query sees any key.
-template <class T>
-LMKERN_INLINE bool load_mask(const TensorView& mask, std::int64_t b, std::int64_t h,
-                             std::int64_t query, std::int64_t queries, std::int64_t padded,
-                             std::int64_t key, std::int64_t keys, T* tile) {
-  const T hidden = T(-__builtin_inf());
-  const std::int64_t origin =
-      b * mask.strides[0] + h * mask.strides[1] + query * mask.strides[2] + key * mask.strides[3];
-  bool seen = false;
-  const auto fill = [&](auto value_at) __attribute__((always_inline)) {
-    for (std::int64_t j = 0; j < keys; ++j) {
-      T* const row = tile + j * padded;
-      const std::int64_t at = origin + j * mask.strides[3];
-      for (std::int64_t i = 0; i < queries; ++i) {
-        row[i] = value_at(at + i * mask.strides[2]);
-        seen |= row[i] != hidden;
-      }
-      for (std::int64_t i = queries; i < padded; ++i) row[i] = hidden;
-    }
-  };
-  if (mask.dtype == DType::kBool) {
-    const auto* p = mask.ptr<const unsigned char>();
-    fill([p, hidden](std::int64_t at) { return p[at] != 0 ? T(0) : hidden; });
-  } else if (mask.dtype == DType::kBFloat16) {
-    const auto* p = mask.ptr<const bfloat16>();
-    fill([p](std::int64_t at) { return static_cast<T>(to_accumulate(p[at])); });
-  } else if (mask.dtype == DType::kFloat16) {
-    const auto* p = mask.ptr<const float16>();
-    fill([p](std::int64_t at) { return static_cast<T>(to_accumulate(p[at])); });
-  } else {
-    const auto* p = mask.ptr<const T>();
-    fill([p](std::int64_t at) { return p[at]; });
+  void begin(const Sequence& sequence, std::int64_t h, std::int64_t first) {
+    s = sequence;
+    head = h;
+    query = first;
+    count = least(s.queries - first, kQueries);
+    const HeadRows<const S> rows(g.p.q, s.batch, h, s.first_query);
+    transpose_into(rows.row(query), rows.stride, count, kQueries, g.depth, q, kQueries);
+    const T scale = static_cast<T>(g.p.scale);
+    for (std::int64_t i = 0; i < g.depth * kQueries; i += kLane) store(q + i, load(q + i) * scale);
+    slope_ = g.p.alibi_slopes.defined()
+                 ? g.p.alibi_slopes.template ptr<const T>()[s.index * g.p.alibi_slopes.strides[0] +
+                                                            h * g.p.alibi_slopes.strides[1]]
+                 : T(0);
   }
-  return seen;
-}
 
-// -inf where the query of a lane does not see the key.
-template <class T>
-LMKERN_INLINE Vec<T> causal(Vec<T> score, std::int64_t first_query, std::int64_t key) {
-  using Lane = typename VecTypes<T>::IntLane;
-  const IntVec<T> query = lane_index<T>() + static_cast<Lane>(first_query - key);
-  return query >= Lane{0} ? score : splat<T>(T(-__builtin_inf()));
-}
+  Range visible() const { return g.visible(s, query, count); }
+  // The position of each query of vector n.
+  LMKERN_INLINE V position(int n) const {
+    const V lane = __builtin_convertvector(lane_index<T>(), V);
+    return lane + static_cast<T>(query + s.offset + n * kLane);
+  }
 
-// Scores of `keys` keys against kVecs vectors of queries, handed to f(key, scores) row by row.
-// scaled_q is [D][queries]; mask is a tile of load_mask, or null.
-template <int kVecs, class T, class F>
-LMKERN_INLINE void score_tile(Operand<T> k, std::int64_t depth, const T* scaled_q, const T* mask,
-                              bool diagonal, std::int64_t query, std::int64_t key,
-                              std::int64_t keys, const F& f) {
-  constexpr std::int64_t kQueries = kVecs * kLanes<T>;
-  for_row_tiles<kTileRows<kVecs>>(
-      keys, [&](std::int64_t row, auto tile) __attribute__((always_inline)) {
-        constexpr int M = decltype(tile)::value;
-        Vec<T> acc[M][kVecs] = {};
-        multiply_tile<M, kVecs, T>(depth, k.data + row * k.stride, k.stride, 1, scaled_q, kQueries,
-                                   acc);
-        LMKERN_UNROLL
-        for (int m = 0; m < M; ++m) {
-          if (mask != nullptr) {
-            LMKERN_UNROLL
-            for (int n = 0; n < kVecs; ++n)
-              acc[m][n] += load(mask + (row + m) * kQueries + n * kLanes<T>);
-          }
-          if (diagonal) {
-            LMKERN_UNROLL
-            for (int n = 0; n < kVecs; ++n)
-              acc[m][n] = causal<T>(acc[m][n], query + n * kLanes<T>, key + row + m);
-          }
-          f(row + m, acc[m]);
+  // Scores of n_keys keys, whose rows are `keys`, into tile [keys][queries]; under a softcap also
+  // 1 - tanh^2 into `cap_slope`, where wanted. Returns false, and nothing, if a mask hides all.
+  bool scores(Operand<T> keys, std::int64_t key, std::int64_t n_keys, T* tile,
+              T* cap_slope = nullptr) {
+    const bool masked = g.p.mask.defined();
+    if (masked && !load_mask(key, n_keys)) return false;
+    multiply_rows<kVecs>(n_keys, g.depth, keys.data, keys.stride, 1, q, kQueries, tile, kQueries,
+                         false);
+    const bool cut = g.cuts(s, query, count, key, n_keys);
+    if (!masked && !cut && slope_ == 0 && g.p.softcap == 0) return true;
+    const T cap = static_cast<T>(g.p.softcap), cap_inverse = cap == 0 ? T(0) : 1 / cap;
+    for (std::int64_t j = 0; j < n_keys; ++j) {
+      LMKERN_UNROLL
+      for (int n = 0; n < kVecs; ++n) {
+        const std::int64_t at = j * kQueries + n * kLane;
+        V score = load(tile + at);
+        if (cap != 0) {
+          const V t = VecMath<T>::tanh(score * cap_inverse);
+          score = t * cap;
+          if (cap_slope != nullptr) store(cap_slope + at, 1 - t * t);
         }
-      });
-}
+        if (slope_ != 0) score -= VecMath<T>::abs(position(n) - static_cast<T>(key + j)) * slope_;
+        if (masked) score += load(mask_ + at);
+        if (cut) score = seen(n, key + j) ? score : splat<T>(T(-__builtin_inf()));
+        store(tile + at, score);
+      }
+    }
+    return true;
+  }
+
+  bool drops() const { return g.p.dropout_p > 0; }
+  // 0 or 1 / (1 - p) for each weight of a tile; 8 keys take one call of Philox. `key` is a multiple
+  // of 8.
+  void keep(std::int64_t key, std::int64_t n_keys, T* tile) const {
+    constexpr int lanes = kLanes<float>;
+    const auto threshold = static_cast<std::uint32_t>(g.p.dropout_p * 65536 + 0.5);
+    const float factor =
+        threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f;
+    for (std::int64_t j = 0; j < n_keys; j += 8)
+      for (std::int64_t i = 0; i < kQueries; i += lanes) {
+        Words random[4] = {(Words)lane_index<float>() + static_cast<std::uint32_t>(query + i),
+                           Words{} + static_cast<std::uint32_t>((key + j) / 8),
+                           Words{} + static_cast<std::uint32_t>(head),
+                           Words{} + static_cast<std::uint32_t>(s.index)};
+        philox(random, static_cast<std::uint64_t>(g.p.seed));
+        for (int n = 0; n < 8 && j + n < n_keys; ++n) {
+          const Words bits = (random[n / 2] >> (n % 2 * 16)) & 0xffffu;
+          const Vec<float> value = bits >= threshold ? splat(factor) : Vec<float>{};
+          T* const to = tile + (j + n) * kQueries + i;
+          if constexpr (sizeof(T) == sizeof(float))
+            store(to, value);
+          else
+            for (int l = 0; l < lanes && i + l < kQueries; ++l) to[l] = value[l];
+        }
+      }
+  }
+
+ private:
+  T* mask_ = nullptr;  // the tile, and the rows from which it is made
+  T slope_ = 0;
+
+  LMKERN_INLINE IntVec<T> seen(int n, std::int64_t key) const {
+    using Lane = typename VecTypes<T>::IntLane;
+    const IntVec<T> distance =
+        lane_index<T>() + static_cast<Lane>(query + s.offset + n * kLane - key);
+    IntVec<T> sees = distance == distance;
+    if (g.p.window_right >= 0) sees &= distance >= static_cast<Lane>(-g.p.window_right);
+    if (g.p.window_left >= 0) sees &= distance <= static_cast<Lane>(g.p.window_left);
+    return sees;
+  }
+
+  // The additive mask of a tile: 0 or -inf for a bool one. Whether any query sees any key.
+  bool load_mask(std::int64_t key, std::int64_t n_keys) {
+    const TensorView& mask = g.p.mask;
+    const std::int64_t origin = s.batch * mask.strides[0] + head * mask.strides[1] +
+                                query * mask.strides[2] + key * mask.strides[3];
+    const bool same = mask.strides[2] == 0;  // for all queries
+    T* const rows = mask_ + kTile;           // [queries][keys of a block]
+    const T hidden = T(-__builtin_inf());
+    bool any = false;
+    const auto fill = [&](auto value_at) __attribute__((always_inline)) {
+      for (std::int64_t i = 0; i < (same ? 1 : count); ++i) {
+        T* const row = rows + i * kKeyBlock;
+        const std::int64_t at = origin + i * mask.strides[2];
+        if (mask.strides[3] == 1)
+          for (std::int64_t j = 0; j < n_keys; ++j) row[j] = value_at(at + j);
+        else
+          for (std::int64_t j = 0; j < n_keys; ++j) row[j] = value_at(at + j * mask.strides[3]);
+        T highest = hidden;
+        for (std::int64_t j = 0; j < n_keys; ++j) highest = row[j] > highest ? row[j] : highest;
+        any |= highest != hidden;
+      }
+    };
+    if (mask.dtype == DType::kBool) {
+      const auto* p = mask.ptr<const unsigned char>();
+      fill([p, hidden](std::int64_t at) { return p[at] != 0 ? T(0) : hidden; });
+    } else {
+      const S* p = mask.ptr<const S>();
+      fill([p](std::int64_t at) { return static_cast<T>(to_accumulate(p[at])); });
+    }
+    if (!any) return false;
+    if (same) {
+      for (std::int64_t j = 0; j < n_keys; ++j)
+        for (int n = 0; n < kVecs; ++n) store(mask_ + j * kQueries + n * kLane, splat(rows[j]));
+    } else {
+      transpose_into(static_cast<const T*>(rows), kKeyBlock, count, kQueries, n_keys, mask_,
+                     kQueries);
+    }
+    return true;
+  }
+};
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

@@ -107,4 +107,48 @@ __attribute__((noinline)) void multiply_panel(std::int64_t rows, std::int64_t de
   } while (k < depth);
 }
 
+// out[row][N vectors] = a b, or is increased by it, for rows of a with any strides; rows of b are b_k
+// apart and rows of out out_m. Like multiply_panel a function of its own.
+template <int N, class T>
+__attribute__((noinline)) void multiply_rows(std::int64_t rows, std::int64_t depth, const T* a,
+                                             std::int64_t a_m, std::int64_t a_k, const T* b,
+                                             std::int64_t b_k, T* out, std::int64_t out_m,
+                                             bool accumulate) {
+  for_row_tiles<kTileRows<N>>(rows,
+                              [&](std::int64_t row, auto tile) __attribute__((always_inline)) {
+                                constexpr int M = decltype(tile)::value;
+                                Vec<T> acc[M][N] = {};
+                                T* const to = out + row * out_m;
+                                if (accumulate) {
+                                  LMKERN_UNROLL
+                                  for (int m = 0; m < M; ++m) {
+                                    LMKERN_UNROLL
+                                    for (int n = 0; n < N; ++n)
+                                      acc[m][n] = load(to + m * out_m + n * kLanes<T>);
+                                  }
+                                }
+                                multiply_tile<M, N, T>(depth, a + row * a_m, a_m, a_k, b, b_k, acc);
+                                LMKERN_UNROLL
+                                for (int m = 0; m < M; ++m) {
+                                  LMKERN_UNROLL
+                                  for (int n = 0; n < N; ++n)
+                                    store(to + m * out_m + n * kLanes<T>, acc[m][n]);
+                                }
+                              });
+}
+
+// The same for any number of columns, a multiple of the lanes.
+template <class T>
+LMKERN_INLINE void multiply_columns(std::int64_t rows, std::int64_t columns, std::int64_t depth,
+                                    const T* a, std::int64_t a_m, std::int64_t a_k, const T* b,
+                                    std::int64_t b_k, T* out, std::int64_t out_m, bool accumulate) {
+  std::int64_t c = 0;
+  for (; c + 4 * kLanes<T> <= columns; c += 4 * kLanes<T>)
+    multiply_rows<4>(rows, depth, a, a_m, a_k, b + c, b_k, out + c, out_m, accumulate);
+  for (; c + 2 * kLanes<T> <= columns; c += 2 * kLanes<T>)
+    multiply_rows<2>(rows, depth, a, a_m, a_k, b + c, b_k, out + c, out_m, accumulate);
+  for (; c < columns; c += kLanes<T>)
+    multiply_rows<1>(rows, depth, a, a_m, a_k, b + c, b_k, out + c, out_m, accumulate);
+}
+
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

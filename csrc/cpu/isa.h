@@ -16,6 +16,7 @@ struct Kernels {
   const char* isa;
   void (*attention_forward)(const AttentionForwardArgs&);
   void (*attention_backward)(const AttentionBackwardArgs&);
+  void (*attention_weights)(const AttentionWeightsArgs&);
   void (*embedding_forward)(const EmbeddingForwardArgs&);
   void (*embedding_backward)(const EmbeddingBackwardArgs&);
   void (*recurrent_forward)(const RecurrentForwardArgs&);

@@ -6,6 +6,7 @@ namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 
 void attention_forward(const AttentionForwardArgs& args);
 void attention_backward(const AttentionBackwardArgs& args);
+void attention_weights(const AttentionWeightsArgs& args);
 void embedding_forward(const EmbeddingForwardArgs& args);
 void embedding_backward(const EmbeddingBackwardArgs& args);
 void recurrent_forward(const RecurrentForwardArgs& args);

@@ -6,9 +6,10 @@
 //           them costs more than it saves. Rows of W and of the operand are both walked along k, so
 //           sums end up spread over lanes and are folded at the end, 30 shuffles for 16 units of
 //           one gate and row of the batch.
-// Limits    the operands' rows are read again for every kGroup rows of W, from L2.
+// Limits    the operands' rows are read again for every kDotGroup rows of W, from L2.
 #include "core/dispatch.h"
 #include "core/memory.h"
+#include "cpu/dot.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/recurrent.h"
@@ -16,59 +17,13 @@
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {
 
-// Rows of the operand and of W in one tile of sums: as many as the registers hold. Those of W are
-// few enough to stay in L1 for all tiles.
-constexpr int kTileBatch = 3;
-template <class T>
-constexpr int kGroup = kLanes<T> <= kAccumulators / kTileBatch ? kLanes<T> : kLanes<T> / 2;
-
-// Keeps a loaded vector in its register: GCC otherwise reads memory again in each of the operations
-// that use it, and the loads become the bound.
-template <class V>
-LMKERN_INLINE void hold(V& v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__x86_64__)
-  if constexpr (sizeof v <= 32) asm("" : "+x"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#endif
-}
-
-// acc[m][i] += a_m[k] w_i[k], lane by lane.
-template <bool Prefetch, int M, int N, class S>
-LMKERN_INLINE void add_products(std::int64_t depth, const S* a, const S* const (&w)[N],
-                                Vec<Accumulate<S>> (&acc)[M][N]) {
-  using T = Accumulate<S>;
-  const auto add = [&](std::int64_t k, const auto& load_at) __attribute__((always_inline)) {
-    Vec<T> x[M];
-    LMKERN_UNROLL
-    for (int m = 0; m < M; ++m) x[m] = load_at(a + m * depth + k);
-    LMKERN_UNROLL
-    for (int i = 0; i < N; ++i) {
-      Vec<T> row = load_at(w[i] + k);
-      if constexpr (M > 1) hold(row);
-      if (M < kTileBatch)
-        __builtin_prefetch(w[i] + k + N * depth);  // next group, beyond the last too
-      LMKERN_UNROLL
-      for (int m = 0; m < M; ++m) acc[m][i] += x[m] * row;
-    }
-  };
-  constexpr std::int64_t n = kLanes<T>;
-  const std::int64_t whole = depth / n * n, rest = depth - whole;
-  for (std::int64_t k = 0; k < whole; k += n)
-    add(k, [](const S* p) __attribute__((always_inline)) { return load(p); });
-  if (rest > 0)
-    add(whole, [rest](const S* p) __attribute__((always_inline)) { return load_n(p, rest); });
-}
-
 template <class S, class Cell>
 struct StepPass {
   using T = Accumulate<S>;
   using V = Vec<T>;
   static constexpr int kGates = Cell::kGates;
   static constexpr std::int64_t kLane = kLanes<T>;
-  static constexpr int kGroups = static_cast<int>(kLane) / kGroup<T>;  // of one vector of units
+  static constexpr int kGroup = kDotGroup<T>, kGroups = kDotGroups<T>;  // of one vector of units
   // W_ih x and W_hh h may be added before they are folded, unless the cell treats them differently.
   static constexpr int kProducts = kGates + (Cell::kSavesHidden ? 1 : 0);
 
@@ -82,28 +37,28 @@ struct StepPass {
     const S* const h = a.h.defined() ? a.h.ptr<const S>() : nullptr;
     for (int g = 0; g < kGates; ++g)
       for (int group = 0; group < kGroups; ++group) {
-        const S *w_ih[kGroup<T>], *w_hh[kGroup<T>];
+        const S *w_ih[kGroup], *w_hh[kGroup];
         LMKERN_UNROLL
-        for (int i = 0; i < kGroup<T>; ++i) {
-          const std::int64_t unit = group * kGroup<T> + i;  // beyond the last: read as it, dropped
+        for (int i = 0; i < kGroup; ++i) {
+          const std::int64_t unit = group * kGroup + i;  // beyond the last: read as it, dropped
           const std::int64_t row = g * hidden + u + (unit < n ? unit : n - 1);
           w_ih[i] = a.w_ih.ptr<const S>() + row * features;
           w_hh[i] = a.w_hh.ptr<const S>() + row * hidden;
         }
         const bool apart = Cell::kSavesHidden && g == kGates - 1;
-        for_row_tiles<kTileBatch>(
+        for_row_tiles<kDotRows>(
             batch, [&](std::int64_t b, auto tile) __attribute__((always_inline)) {
               constexpr int M = decltype(tile)::value;
-              V acc[M][kGroup<T>] = {};
+              V acc[M][kGroup] = {};
               const auto keep = [&](int product) {
                 LMKERN_UNROLL
                 for (int m = 0; m < M; ++m)
                   sums[(product * batch + b + m) * kGroups + group] = fold<T>(acc[m]);
               };
               if (b == 0)
-                add_products<true>(features, x + b * features, w_ih, acc);
+                add_dots<true>(features, x + b * features, features, w_ih, kGroup * features, acc);
               else
-                add_products<false>(features, x + b * features, w_ih, acc);
+                add_dots<false>(features, x + b * features, features, w_ih, kGroup * features, acc);
               if (apart) {
                 keep(g);
                 LMKERN_UNROLL
@@ -112,9 +67,9 @@ struct StepPass {
               }
               if (h != nullptr) {
                 if (b == 0)
-                  add_products<true>(hidden, h + b * hidden, w_hh, acc);
+                  add_dots<true>(hidden, h + b * hidden, hidden, w_hh, kGroup * hidden, acc);
                 else
-                  add_products<false>(hidden, h + b * hidden, w_hh, acc);
+                  add_dots<false>(hidden, h + b * hidden, hidden, w_hh, kGroup * hidden, acc);
               }
               keep(apart ? kGates : g);
             });

@@ -11,6 +11,7 @@ const Kernels table = {
     .isa = LMKERN_STRING(LMKERN_ISA_NAMESPACE),
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
+    .attention_weights = attention_weights,
     .embedding_forward = embedding_forward,
     .embedding_backward = embedding_backward,
     .recurrent_forward = recurrent_forward,

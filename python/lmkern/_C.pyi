@@ -1,5 +1,7 @@
 """Types of the CPU extension module (csrc/bindings/module_cpu.cpp)."""
 
+from typing import Any
+
 from torch import Tensor
 
 def recurrent_forward(
@@ -110,29 +112,21 @@ def recurrent_step_backward(
     d_b_ih: Tensor | None,
     d_b_hh: Tensor | None,
 ) -> None: ...
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    is_causal: bool,
-) -> None: ...
+def attention_forward(problem: tuple[Any, ...], out: Tensor, lse: Tensor) -> None: ...
 def attention_backward(
+    problem: tuple[Any, ...],
     d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
+    d_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     d_q: Tensor,
     d_k: Tensor,
     d_v: Tensor,
-    scale: float,
-    is_causal: bool,
+    d_distance: Tensor | None,
+    d_mask: Tensor | None,
+) -> None: ...
+def attention_weights(
+    problem: tuple[Any, ...], lse: Tensor, weights: Tensor, only_keep: bool
 ) -> None: ...
 def embedding_forward(weight: Tensor, indices: Tensor, out: Tensor) -> None: ...
 def embedding_backward(

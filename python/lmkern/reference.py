@@ -162,11 +162,13 @@ def scaled_dot_product_attention(
     causal_align: str = "top_left",
     return_lse: bool = False,
     return_weights: str | None = None,
+    keep: Tensor | None = None,
 ) -> Any:
     """As :func:`lmkern.functional.scaled_dot_product_attention`, whose docstring has the semantics.
 
     Scores and probabilities are in float32 (float64 for float64). ``alibi_slopes`` is [H] or [..., H],
-    ``key_lengths`` [...], with the leading dimensions of ``query``.
+    ``key_lengths`` [...], with the leading dimensions of ``query``. ``keep`` [..., H, L, S], instead of
+    ``dropout_p``: what dropout multiplies the weights with.
     """
     scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     if enable_gqa:
@@ -218,7 +220,7 @@ def scaled_dot_product_attention(
     empty = (scores == -math.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
     p = scores.softmax(-1).masked_fill(empty, 0.0)[..., :keys]
-    p = F.dropout(p, dropout_p)
+    p = F.dropout(p, dropout_p) if keep is None else p * keep
     results = [p.to(query.dtype) @ value]
     if return_lse:
         results.append(scores.logsumexp(-1).masked_fill(empty.squeeze(-1), -math.inf))

@@ -80,7 +80,10 @@ def as_heads(x: Tensor, lead: tuple[int, ...], heads: int) -> Tensor:
 
 
 def check_mask(mask: Tensor, dtype: torch.dtype, e: Extents) -> Tensor:
-    """The mask as [B, H, L, S] by stride, bool or of the dtype of the heads."""
+    """The mask as [1 or B, 1 or H, 1 or L, 1 or S], bool or of the dtype of the heads.
+
+    It is not expanded, so that its gradient need not be either.
+    """
     if mask.dtype != torch.bool:
         if not mask.is_floating_point():
             raise TypeError(f"{OP}: attn_mask must be bool or floating, got {mask.dtype}")
@@ -89,13 +92,17 @@ def check_mask(mask: Tensor, dtype: torch.dtype, e: Extents) -> Tensor:
             finite = mask.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
             mask = torch.where(mask.isinf(), mask, finite).to(dtype)
     target = (*e.lead, e.heads, e.queries, e.keys) if e.dims > 2 else (e.queries, e.keys)
-    try:
-        mask = mask.expand(target)
-    except RuntimeError:
-        raise ValueError(
-            f"{OP}: attn_mask must broadcast to {list(target)}, got {list(mask.shape)}"
-        ) from None
-    return as_heads(mask, e.lead, e.heads)
+    given = mask.shape
+    if mask.dim() > len(target) or any(
+        size not in (1, wanted) for size, wanted in zip(given[::-1], target[::-1], strict=False)
+    ):
+        raise ValueError(f"{OP}: attn_mask must broadcast to {list(target)}, got {list(given)}")
+    if mask.dim() == 4 and len(e.lead) == 1:
+        return mask
+    mask = mask.reshape((1,) * (len(e.lead) + 3 - mask.dim()) + given)
+    if math.prod(mask.shape[:-3]) == 1:
+        return mask.reshape(1, *mask.shape[-3:])
+    return mask.expand(*e.lead, *mask.shape[-3:]).reshape(math.prod(e.lead), *mask.shape[-3:])
 
 
 def check_window(window: Any, is_causal: bool) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from lmkern.functional._attention import (
     check_slopes,
     check_window,
 )
-from lmkern.ops.attention import AttentionFunction
+from lmkern.ops.attention import DIFFERENTIABLE, AttentionFunction, Problem, attention_weights
 from lmkern.ops.check import check_tensors
 from lmkern.ops.library import accumulate_dtype, autocast, needs_grad, use_kernel
 
@@ -65,7 +65,8 @@ def scaled_dot_product_attention(
         key: [..., H, S, D], or [..., H_kv, S, D] with ``enable_gqa``. value: [..., H, S, Dv] likewise.
         attn_mask: broadcastable to [..., H, L, S]. Bool: True takes part. Floating: added to the
             scores. Must not contain NaN.
-        dropout_p: probability of dropping an attention weight.
+        dropout_p: probability of dropping an attention weight, in multiples of 2^-16. Which are dropped
+            follows from one number of torch's default generator, for any number of threads.
         is_causal: query i sees keys up to p_i. Excludes ``attn_mask``.
         scale: default 1/√D.
         enable_gqa: H may be a multiple of H_kv; query head h reads key head h // (H / H_kv).
@@ -93,8 +94,9 @@ def scaled_dot_product_attention(
         inputs) and the weights, those that were asked for. A query that sees no key gives zeros, zero
         weights and zero gradients; its log-sum-exp is -∞, or the sink. There are gradients for query,
         key, value, a floating mask (reduced over the dimensions along which it was broadcast),
-        ``alibi_slopes`` and ``sinks``. Today's kernel has the arguments of torch without dropout and
-        without a mask's gradient; plain torch operations serve the rest.
+        ``alibi_slopes`` and ``sinks``. Memory grows with L + S, never with L · S, but for the mask's
+        gradient and the weights themselves; a gradient *of* weights that were returned, and second
+        derivatives, run in plain torch operations.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, naming expected and actual.
@@ -146,34 +148,45 @@ def scaled_dot_product_attention(
     q = as_heads(query, e.lead, e.heads)
     k, v = (as_heads(x, e.lead, e.key_heads) for x in (key, value))
 
-    # What today's kernel can: the rest goes to the reference.
-    kernel = (
-        dropout_p == 0.0 and left < 0 and right <= 0 and not (bottom_right and right == 0)
-        and softcap is None and slopes is None and sinks is None and lengths is None and cu is None
-        and not return_lse and return_weights is None and not needs_grad(mask)
+    packed = (None, None) if cu is None else (cu[0], None if cu[1] is cu[0] else cu[1])
+    seed = None
+    if dropout_p > 0.0:  # of torch's generator, so that torch.manual_seed rules
+        seed = torch.randint(1 << 62, (), dtype=torch.int64)
+    problem = Problem(
+        q, k, v, mask, slopes, sinks, lengths, *packed, seed, factor, softcap or 0.0, left, right,
+        bottom_right, dropout_p,
     )  # fmt: skip
-    if not (use_kernel(OP, query) and kernel):
+    lse = weights = None
+    training = needs_grad(*problem[:DIFFERENTIABLE])
+    # Dynamo traces a gradient of the weights, wanted or not, and that one is not the kernel's.
+    traced_weights = return_weights is not None and training and torch.compiler.is_compiling()
+    if traced_weights or not use_kernel(OP, query):
         results = reference.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, scale=factor, enable_gqa=e.heads != e.key_heads,
             window=(left, right), softcap=softcap, alibi_slopes=slopes, sinks=sinks,
-            key_lengths=lengths, cu_seqlens=cu, return_lse=return_lse, return_weights=return_weights,
+            key_lengths=lengths, cu_seqlens=cu, return_lse=True, return_weights=return_weights,
             causal_align="bottom_right" if bottom_right else "top_left",
         )  # fmt: skip
-        if not isinstance(results, tuple):
-            return _as_given(results, e)
-        out, *rest = results
-        lse = [_as_given(rest.pop(0)[..., None], e)[..., 0]] if return_lse else []
-        weights = [_as_given(w, e, return_weights == "mean") for w in rest]
-        return (_as_given(out, e), *lse, *weights)
-
-    if needs_grad(q, k, v):
+        out, lse, *rest = results
+        weights = rest[0] if rest else None
+    elif training:
         # torch.compile refuses one tensor in two places of an autograd Function.
         k = k.view_as(k) if k is q else k
         v = v.view_as(v) if v is q or v is k else v
-        out = AttentionFunction.apply(q, k, v, mask, factor, right == 0)
+        out, lse, *rest = AttentionFunction.apply(q, k, v, *problem[3:], return_weights)
+        weights = rest[0] if rest else None
     else:
-        out, _ = torch.ops.lmkern.attention_forward(q, k, v, mask, factor, right == 0)
-    return _as_given(out, e)
+        out, lse = torch.ops.lmkern.attention_forward(*problem)
+        if return_weights is not None:
+            weights = attention_weights(problem, lse, return_weights)
+    out = _as_given(out, e)
+    if not return_lse and weights is None:
+        return out
+    return (
+        out,
+        *([_as_given(lse[..., None], e)[..., 0]] if return_lse else []),
+        *([] if weights is None else [_as_given(weights, e, return_weights == "mean")]),
+    )
 
 
 def _as_given(x: Tensor, e: Extents, without_heads: bool = False) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,104 +11,218 @@ from torch import Tensor
 from lmkern import _C, reference
 from lmkern.ops.library import accumulate_dtype, define_op, reference_backward
 
+_PROBLEM = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor? key_lengths, Tensor? cu_q, Tensor? cu_k, Tensor? seed, float scale, float softcap, "
+    "int window_left, int window_right, bool bottom_right, float dropout_p"
+)
+DIFFERENTIABLE = 6  # the first members have gradients
+_SIZE = 16
+_FARTHEST = 1 << 30  # beyond any length: as good as unbounded
+
+
+class Problem(NamedTuple):
+    """The arguments of one call, as csrc's AttentionProblem has them.
+
+    mask: [1 or B, 1 or H, 1 or L, 1 or S]. seed: int64 [], for dropout. window_left, window_right: -1
+    is unbounded; causal is window_right = 0. softcap: 0 is none. cu_k: None if it is cu_q.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    key_lengths: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    seed: Tensor | None
+    scale: float
+    softcap: float
+    window_left: int
+    window_right: int
+    bottom_right: bool
+    dropout_p: float
+
+    def for_kernel(self) -> tuple[Any, ...]:
+        """Expanded by stride, and with what the kernels ask for: contiguous last dimensions."""
+        q, k, v = (_rows(x) for x in self[:3])
+        batch, heads, queries, _ = q.shape
+        mask = self.mask
+        if mask is not None:
+            mask = mask.expand(batch, heads, queries, k.shape[2])
+        key_lengths, cu_q, cu_k = (
+            None if x is None else x.to(torch.int64).contiguous() for x in self[6:9]
+        )
+        cu_k = cu_q if cu_k is None else cu_k
+        slopes, sinks = (None if x is None else x.contiguous() for x in self[4:6])
+        return (
+            q, k, v, mask, slopes, sinks, key_lengths, cu_q, cu_k, self.scale, self.softcap,
+            min(self.window_left, _FARTHEST), min(self.window_right, _FARTHEST), self.bottom_right,
+            self.dropout_p, 0 if self.seed is None else int(self.seed),
+        )  # fmt: skip
+
 
 def _rows(x: Tensor) -> Tensor:
     """``x`` with a contiguous last dimension, which is all the kernels ask for."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, _ = q.shape
-    # [B, L, H, Dv] in memory, as torch's fused kernels: models merge the heads next, without a copy.
-    out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
-    return out, q.new_empty(batch, heads, queries, dtype=accumulate_dtype(q.dtype))
+def _heads_like(x: Tensor, width: int) -> Tensor:
+    # [B, N, H, D] in memory: heads are views of one projection more often than not, and models merge
+    # them next, without a copy.
+    batch, heads, length, _ = x.shape
+    return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
-def _forward_cpu(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    out, lse = _forward_fake(q, k, v, mask, scale, is_causal)
-    _C.attention_forward(_rows(q), _rows(k), _rows(v), mask, out, lse, scale, is_causal)
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    q, _, v = args[:3]
+    return _heads_like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+
+
+def _forward_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_fake(*args)
+    _C.attention_forward(Problem(*args).for_kernel(), out, lse)
     return out, lse
 
 
 def _backward_fake(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    def like(x: Tensor) -> Tensor:
-        # Heads are views of one projection more often than not: their gradients are laid out for it.
-        batch, heads, length, width = x.shape
-        return x.new_empty(batch, length, heads, width).transpose(1, 2)
-
-    return like(q), like(k), like(v)
+    d_out: Tensor, d_lse: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    p, need_mask = Problem(*args[:_SIZE]), args[-1]
+    wide = accumulate_dtype(p.q.dtype)
+    nothing = p.q.new_empty(0, dtype=wide)
+    d_distance = nothing if p.alibi_slopes is None else p.q.new_empty(p.q.shape[:3], dtype=wide)
+    d_mask = nothing
+    if need_mask and p.mask is not None:
+        d_mask = p.q.new_empty(p.mask.shape, dtype=wide)
+    grads = (_heads_like(x, x.shape[3]) for x in p[:3])
+    return (*grads, d_distance, d_mask)  # type: ignore[return-value]
 
 
 def _backward_cpu(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _backward_fake(d_out, q, k, v, mask, out, lse, scale, is_causal)
+    d_out: Tensor, d_lse: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    p, (out, lse) = Problem(*args[:_SIZE]), args[_SIZE : _SIZE + 2]
+    grads = _backward_fake(d_out, d_lse, *args)
+    *heads, d_distance, d_mask = grads
     _C.attention_backward(
-        _rows(d_out), _rows(q), _rows(k), _rows(v), mask, out, lse, *grads, scale, is_causal
-    )
+        p.for_kernel(), _rows(d_out), None if d_lse is None else d_lse.contiguous(), out, lse, *heads,
+        None if p.alibi_slopes is None else d_distance,
+        d_mask if args[-1] and p.mask is not None else None,
+    )  # fmt: skip
     return grads
 
 
+def _weights_fake(*args: Any) -> Tensor:
+    p, mean = Problem(*args[:_SIZE]), args[-2]
+    batch, heads, queries, _ = p.q.shape
+    return p.q.new_empty(batch, 1 if mean else heads, queries, p.k.shape[2])
+
+
+def _weights_cpu(*args: Any) -> Tensor:
+    weights = _weights_fake(*args)
+    _C.attention_weights(Problem(*args[:_SIZE]).for_kernel(), args[_SIZE], weights, args[-1])
+    return weights
+
+
 define_op(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal) "
-    "-> (Tensor out, Tensor lse)",
+    f"attention_forward({_PROBLEM}) -> (Tensor out, Tensor lse)",
     cpu=_forward_cpu,
     fake=_forward_fake,
 )
 define_op(
-    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, "
-    "Tensor lse, float scale, bool is_causal) -> (Tensor d_q, Tensor d_k, Tensor d_v)",
+    f"attention_backward(Tensor d_out, Tensor? d_lse, {_PROBLEM}, Tensor out, Tensor lse, "
+    "bool need_mask) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_distance, Tensor d_mask)",
     cpu=_backward_cpu,
     fake=_backward_fake,
 )
+define_op(
+    f"attention_weights({_PROBLEM}, Tensor lse, bool mean, bool only_keep) -> Tensor",
+    cpu=_weights_cpu,
+    fake=_weights_fake,
+)
+
+
+def _run_reference(p: Problem, weights: str | None, keep: Tensor | None, *inputs: Any) -> Any:
+    """(out, lse[, weights]) of the reference for the problem with these differentiable members."""
+    q, k, v, mask, alibi_slopes, sinks = inputs
+    return reference.scaled_dot_product_attention(
+        q, k, v, mask, scale=p.scale, enable_gqa=q.shape[1] != k.shape[1],
+        window=(p.window_left, p.window_right), softcap=p.softcap or None, alibi_slopes=alibi_slopes,
+        sinks=sinks, key_lengths=p.key_lengths,
+        cu_seqlens=None if p.cu_q is None else (p.cu_q, p.cu_q if p.cu_k is None else p.cu_k),
+        causal_align="bottom_right" if p.bottom_right else "top_left", return_lse=True,
+        return_weights=weights, keep=keep,
+    )  # fmt: skip
 
 
 class AttentionFunction(torch.autograd.Function):
-    """(q, k, v, mask, scale, is_causal) -> out, with gradients for q, k and v."""
+    """(*Problem, weights) -> out, lse[, weights], with gradients for q, k, v, mask, slopes, sinks.
+
+    weights: None, "heads" [B, H, L, S] or "mean" [B, L, S].
+    """
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, mask, scale, is_causal):  # type: ignore[override]
-        out, lse = torch.ops.lmkern.attention_forward(q, k, v, mask, scale, is_causal)
-        ctx.save_for_backward(q, k, v, mask, out, lse)
-        ctx.scale, ctx.is_causal = scale, is_causal
-        return out
+    def forward(ctx: Any, *args: Any):  # type: ignore[override]
+        *problem, weights = args
+        out, lse = torch.ops.lmkern.attention_forward(*problem)
+        ctx.save_for_backward(*problem[:10], out, lse)
+        ctx.options, ctx.weights = problem[10:], weights
+        ctx.set_materialize_grads(False)
+        if weights is None:
+            return out, lse
+        return out, lse, attention_weights(Problem(*problem), lse, weights)
 
     @staticmethod
-    def backward(ctx: Any, d_out):  # type: ignore[override]
-        q, k, v, mask, out, lse = ctx.saved_tensors
-        scale, is_causal = ctx.scale, ctx.is_causal
-        if torch.is_grad_enabled():
+    def backward(ctx: Any, d_out, d_lse, d_weights=None):  # type: ignore[override]
+        *tensors, out, lse = ctx.saved_tensors
+        p = Problem(*tensors, *ctx.options)
+        rest = (None,) * (_SIZE + 1 - DIFFERENTIABLE)
+        if torch.is_grad_enabled() or d_weights is not None:
+            keep = None
+            if p.dropout_p > 0:
+                keep = torch.ops.lmkern.attention_weights(*p, lse, False, True)
+            grad_outputs = [d_out, d_lse]
+            if ctx.weights is not None:
+                grad_outputs.append(d_weights)
             grads = reference_backward(
-                lambda q, k, v: reference.scaled_dot_product_attention(
-                    q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=True
-                ),
-                (q, k, v),
-                (d_out,),
+                lambda *inputs: _run_reference(p, ctx.weights, keep, *inputs),
+                p[:DIFFERENTIABLE],
+                grad_outputs,
             )
-        else:
-            grads = torch.ops.lmkern.attention_backward(
-                d_out, q, k, v, mask, out, lse, scale, is_causal
-            )
-        return (*grads, None, None, None)
+            return (*grads, *rest)
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+        need = ctx.needs_input_grad[:DIFFERENTIABLE]
+        d_q, d_k, d_v, d_distance, d_mask = torch.ops.lmkern.attention_backward(
+            d_out, d_lse, *p, out, lse, need[3]
+        )
+        d_slopes = d_sinks = None
+        if need[4]:
+            d_slopes = _sum_queries(p, d_distance).neg_()
+        if need[5] and p.sinks is not None:
+            delta = (d_out * out).sum(-1, dtype=lse.dtype)
+            delta = delta if d_lse is None else delta - d_lse
+            share = torch.where(p.sinks[:, None] == -math.inf, 0.0, p.sinks[:, None] - lse).exp()
+            share = torch.where(p.sinks[:, None] == -math.inf, 0.0, share)
+            d_sinks = (share * delta).sum((0, 2)).neg_()
+        return (
+            d_q, d_k, d_v, d_mask.to(p.mask.dtype) if need[3] and p.mask is not None else None,
+            d_slopes, d_sinks, *rest,
+        )  # fmt: skip
+
+
+def _sum_queries(p: Problem, x: Tensor) -> Tensor:
+    """[B, H, L] summed over the queries of each sequence: [B, H], packed [n, H]."""
+    if p.cu_q is None:
+        return x.sum(2)
+    sequence = torch.repeat_interleave(p.cu_q.diff().to(torch.int64))
+    return x.new_zeros(p.cu_q.shape[0] - 1, x.shape[1]).index_add_(0, sequence, x[0].t())
+
+
+def attention_weights(p: Problem, lse: Tensor, weights: str) -> Tensor:
+    """The weights of a problem: "heads" [B, H, L, S], or their "mean" [B, L, S]."""
+    w = torch.ops.lmkern.attention_weights(*p, lse, weights == "mean", False)
+    return w[:, 0] if weights == "mean" else w

@@ -145,7 +145,6 @@ def reads_weights_directly(batch: int, dtype: torch.dtype) -> bool:
     return batch <= (95 if dtype in (torch.float32, torch.float64) else 4)
 
 
-
 def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     i, o = Inputs(*args[:18]), Options(*args[18:24])
     save, want_cells = args[24:]
