@@ -92,13 +92,12 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     p, need_mask = Problem(*args[:_SIZE]), args[-1]
     wide = accumulate_dtype(p.q.dtype)
-    nothing = p.q.new_empty(0, dtype=wide)
-    d_distance = nothing if p.alibi_slopes is None else p.q.new_empty(p.q.shape[:3], dtype=wide)
-    d_mask = nothing
-    if need_mask and p.mask is not None:
-        d_mask = p.q.new_empty(p.mask.shape, dtype=wide)
+    distances = p.q.shape[:3] if p.alibi_slopes is not None else (0,)
+    mask = p.mask.shape if need_mask and p.mask is not None else (0,)
     grads = (_heads_like(x, x.shape[3]) for x in p[:3])
-    return (*grads, d_distance, d_mask)  # type: ignore[return-value]
+    return (  # type: ignore[return-value]
+        *grads, p.q.new_empty(distances, dtype=wide), p.q.new_empty(mask, dtype=wide)
+    )  # fmt: skip
 
 
 def _backward_cpu(
