@@ -153,6 +153,16 @@ def test_wildly_different_magnitudes():
 @pytest.mark.parametrize(
     "value", [float("inf"), float("-inf"), float("nan"), 3.4e38, -3.4e38, 1e37]
 )
+def test_tiny_elements_beside_large_ones():
+    """Their residuals are denormal, with bits below a bfloat16's: these must not reach a neighbour."""
+    tiny = 2.0 ** -torch.rand(64, 64).mul(30).add(110) * torch.randn(64, 64).sign()
+    a, b = torch.randn(64, 64), torch.where(torch.rand(64, 64) < 0.5, tiny, torch.randn(64, 64))
+    for x, y in ((a, b), (b, a)):
+        out = torch.empty(64, 64)
+        assert _C.matmul(x, y, None, out, False, False, False)
+        torch.testing.assert_close(out, x @ y, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("where", ["a", "b"])
 def test_not_representable(where, value):
     """An element that the split cannot hold, or a product that might overflow, anywhere."""

@@ -12,6 +12,9 @@
 //           and an overflow would meet its opposite in another of the six products. `in_range` says
 //           when neither matters; outside of it the caller must use a float32 product.
 //
+// One plane, hi alone, is the product of numbers rounded to bfloat16, exact where they were bfloat16
+// before (`Planes` = 1; the rest of this file says what holds for three).
+//
 // Layout of A, "planes": three bfloat16 matrices (hi, mid, lo), row-major, a plane apart. A product
 // reads whole tiles: rows up to a multiple of 16, of any content, and columns up to a multiple of
 // 32, which must be zero. Row strides that are odd multiples of 32 (`plane_stride`) spread a tile
@@ -47,8 +50,8 @@ LMKERN_INLINE std::int64_t plane_stride(std::int64_t depth) {
   return (blocks_of(depth) | 1) * kDepth;
 }
 // Elements of one k-block of a panel of N tiles.
-template <int N>
-inline constexpr std::int64_t kPanelBlock = kPlanes * N * kTileSize;
+template <int N, int Planes = kPlanes>
+inline constexpr std::int64_t kPanelBlock = Planes * N * kTileSize;
 
 // ---- split ------------------------------------------------------------------------------------
 
@@ -87,14 +90,16 @@ LMKERN_INLINE Parts split(Vec<float> v) {
   const Words hi = nearest(v);
   const Vec<float> rest = v - (Vec<float>)hi;
   const Words mid = nearest(rest);
-  return {{hi, mid, (Words)(rest - (Vec<float>)mid)}};
+  // Of a denormal rest, bits are left below those of a bfloat16.
+  return {{hi, mid, (Words)(rest - (Vec<float>)mid) & 0xffff0000u}};
 }
 
 // One vector into the planes at `to`.
+template <int Planes = kPlanes>
 LMKERN_INLINE void store_planes(Vec<float> v, Half* to, std::int64_t plane) {
   const Parts parts = split(v);
   LMKERN_UNROLL
-  for (int p = 0; p < kPlanes; ++p) {
+  for (int p = 0; p < Planes; ++p) {
     const HalfWords half = __builtin_convertvector(parts.plane[p] >> 16, HalfWords);
     __builtin_memcpy(to + p * plane, &half, sizeof half);
   }
@@ -112,26 +117,28 @@ LMKERN_INLINE void store_planes_n(Vec<float> v, std::int64_t n, Half* to, std::i
 // ---- A: planes --------------------------------------------------------------------------------
 
 // planes[r][k] = from[r][k], for a row-major `from`; columns up to a multiple of 32 become zero.
-LMKERN_INLINE void planes_from_rows(const float* from, std::int64_t stride, std::int64_t rows,
+template <int Planes = kPlanes, class S = float>
+LMKERN_INLINE void planes_from_rows(const S* from, std::int64_t stride, std::int64_t rows,
                                     std::int64_t depth, Half* to, std::int64_t to_stride,
                                     std::int64_t plane, Magnitude& seen) {
   const std::int64_t padded = blocks_of(depth) * kDepth;
   for (std::int64_t r = 0; r < rows; ++r) {
-    const float* row = from + r * stride;
+    const S* row = from + r * stride;
     Half* to_row = to + r * to_stride;
     for (std::int64_t k = 0; k < padded; k += kTile) {
       const std::int64_t n = depth - k;
       __builtin_prefetch(row + k + 4 * stride);  // short pieces of far rows: none is foreseen
       const Vec<float> v = n >= kTile ? load(row + k) : load_n(row + k, n > 0 ? n : 0);
       seen.see(v);
-      store_planes(v, to_row + k, plane);
+      store_planes<Planes>(v, to_row + k, plane);
     }
   }
 }
 
 // planes[r][k] = from[k][r]: the transpose of a row-major `from`.
 // Rows up to a multiple of 16 become zero too.
-LMKERN_INLINE void planes_from_columns(const float* from, std::int64_t stride, std::int64_t rows,
+template <int Planes = kPlanes, class S = float>
+LMKERN_INLINE void planes_from_columns(const S* from, std::int64_t stride, std::int64_t rows,
                                        std::int64_t depth, Half* to, std::int64_t to_stride,
                                        std::int64_t plane, Magnitude& seen) {
   const std::int64_t padded = blocks_of(depth) * kDepth;
@@ -146,7 +153,8 @@ LMKERN_INLINE void planes_from_columns(const float* from, std::int64_t stride, s
       }
       transpose<float>(square);
       LMKERN_UNROLL
-      for (int i = 0; i < kTile; ++i) store_planes(square[i], to + (r + i) * to_stride + k, plane);
+      for (int i = 0; i < kTile; ++i)
+        store_planes<Planes>(square[i], to + (r + i) * to_stride + k, plane);
     }
   }
 }
@@ -155,19 +163,20 @@ LMKERN_INLINE void planes_from_columns(const float* from, std::int64_t stride, s
 
 // Tile t, column c of the panel is the row-major row rows[t] + c * stride, for c < columns[t] (at
 // most 16): B = W^T of W [columns, depth]. `to` receives blocks_of(depth) blocks.
-template <int N>
+template <int N, int Planes = kPlanes>
 LMKERN_INLINE void pack_panel_from_rows(const float* const (&rows)[N],
                                         const std::int64_t (&columns)[N], std::int64_t stride,
                                         std::int64_t depth, Half* to, Magnitude& seen) {
-  alignas(64) Half planes[kPlanes][kTile][kDepth] = {};
-  for (std::int64_t k = 0; k < depth; k += kDepth, to += kPanelBlock<N>) {
+  alignas(64) Half planes[Planes][kTile][kDepth] = {};
+  for (std::int64_t k = 0; k < depth; k += kDepth, to += kPanelBlock<N, Planes>) {
     const std::int64_t n = depth - k < kDepth ? depth - k : kDepth;
     for (int t = 0; t < N; ++t) {
-      planes_from_rows(rows[t] + k, stride, columns[t], n, planes[0][0], kDepth, kTileSize, seen);
+      planes_from_rows<Planes>(rows[t] + k, stride, columns[t], n, planes[0][0], kDepth, kTileSize,
+                               seen);
       if (columns[t] < kTile)
-        for (int p = 0; p < kPlanes; ++p)
+        for (int p = 0; p < Planes; ++p)
           __builtin_memset(planes[p][columns[t]], 0, (kTile - columns[t]) * sizeof planes[p][0]);
-      for (int p = 0; p < kPlanes; ++p) {  // a pair of k is one lane
+      for (int p = 0; p < Planes; ++p) {  // a pair of k is one lane
         Vec<float> square[kTile];
         LMKERN_UNROLL
         for (int i = 0; i < kTile; ++i)
@@ -183,11 +192,11 @@ LMKERN_INLINE void pack_panel_from_rows(const float* const (&rows)[N],
 
 // The panel's columns are `columns` (at most 16 N) neighbouring ones
 // of the row-major `from` [depth, ...].
-template <int N>
+template <int N, int Planes = kPlanes>
 LMKERN_INLINE void pack_panel_from_columns(const float* from, std::int64_t columns,
                                            std::int64_t stride, std::int64_t depth, Half* to,
                                            Magnitude& seen) {
-  for (std::int64_t k = 0; k < depth; k += kDepth, to += kPanelBlock<N>) {
+  for (std::int64_t k = 0; k < depth; k += kDepth, to += kPanelBlock<N, Planes>) {
     for (int t = 0; t < N; ++t) {
       const std::int64_t left = columns - t * kTile;
       const std::int64_t n = left < 0 ? 0 : left < kTile ? left : kTile;
@@ -200,7 +209,7 @@ LMKERN_INLINE void pack_panel_from_columns(const float* from, std::int64_t colum
         seen.see(odd);
         const Parts first = split(even), second = split(odd);
         LMKERN_UNROLL
-        for (int p = 0; p < kPlanes; ++p) {
+        for (int p = 0; p < Planes; ++p) {
           const Words both = first.plane[p] >> 16 | second.plane[p];
           __builtin_memcpy(to + (p * N + t) * kTileSize + pair * kDepth, &both, sizeof both);
         }
@@ -266,59 +275,70 @@ LMKERN_INLINE void unroll(const F& f) {
 }
 #define LMKERN_EACH(i) [&](auto i) __attribute__((always_inline))
 
-// The six products, in the order of their addition: from one to the next only one operand changes,
-// and those with one plane of B are neighbours.
-inline constexpr int kProducts = 6;
-inline constexpr int kPlaneOfA[] = {0, 0, 1, 1, 2, 0}, kPlaneOfB[] = {2, 1, 1, 0, 0, 0};
+// The products of planes, in the order of their addition: from one to the next only one operand
+// changes, and those with one plane of B are neighbours. Of a single plane there is one.
+template <int Planes>
+inline constexpr int kProducts = Planes * (Planes + 1) / 2;
+template <int Planes>
+inline constexpr int kPlaneOfA[] = {0, 0, 1, 1, 2, 0};
+template <>
+inline constexpr int kPlaneOfA<1>[] = {0};
+template <int Planes>
+inline constexpr int kPlaneOfB[] = {2, 1, 1, 0, 0, 0};
+template <>
+inline constexpr int kPlaneOfB<1>[] = {0};
 
 // acc += A B for R x C tiles, in registers 0 .. R C - 1: the same sums in either form.
-template <int R, int C>
+template <int R, int C, int Planes>
 LMKERN_INLINE void multiply_block(std::int64_t k_blocks, const Half* a, std::int64_t a_stride,
                                   std::int64_t a_plane, const Half* b, std::int64_t b_block,
                                   std::int64_t b_plane) {
   for (std::int64_t k = 0; k < k_blocks; ++k, a += kDepth, b += b_block) {
     if constexpr (R == 1) {
       // The planes of A stay, each tile of B is read once.
-      unroll<kPlanes>(
+      unroll<Planes>(
           LMKERN_EACH(p) { tile_load<4 + decltype(p)::value>(a + p.value * a_plane, a_stride); });
-      unroll<kPlanes>(LMKERN_EACH(q) {
-        constexpr int plane = kPlanes - 1 - decltype(q)::value;
+      unroll<Planes>(LMKERN_EACH(q) {
+        constexpr int plane = Planes - 1 - decltype(q)::value;
         unroll<C>(LMKERN_EACH(c) {
           constexpr int acc = decltype(c)::value;
           tile_load<7>(b + plane * b_plane + acc * kTileSize, kDepth);
-          unroll<kProducts>(LMKERN_EACH(i) {
+          unroll<kProducts<Planes>>(LMKERN_EACH(i) {
             constexpr int at = decltype(i)::value;
-            if constexpr (kPlaneOfB[at] == plane) tile_multiply<acc, 4 + kPlaneOfA[at], 7>();
+            if constexpr (kPlaneOfB<Planes>[at] == plane)
+              tile_multiply<acc, 4 + kPlaneOfA<Planes>[at], 7>();
           });
         });
       });
     } else {
       static_assert(R == 2 && C <= 2);
-      unroll<kProducts>(LMKERN_EACH(i) {
+      unroll<kProducts<Planes>>(LMKERN_EACH(i) {
         constexpr int at = decltype(i)::value;
-        if constexpr (at == 0 || kPlaneOfA[at] != kPlaneOfA[at - (at > 0)])
+        if constexpr (at == 0 || kPlaneOfA<Planes>[at] != kPlaneOfA<Planes>[at - (at > 0)])
           unroll<R>(LMKERN_EACH(r) {
             tile_load<4 + decltype(r)::value>(
-                a + kPlaneOfA[at] * a_plane + r.value * kTile * a_stride, a_stride);
+                a + kPlaneOfA<Planes>[at] * a_plane + r.value * kTile * a_stride, a_stride);
           });
-        if constexpr (at == 0 || kPlaneOfB[at] != kPlaneOfB[at - (at > 0)])
+        if constexpr (at == 0 || kPlaneOfB<Planes>[at] != kPlaneOfB<Planes>[at - (at > 0)])
           unroll<C>(LMKERN_EACH(c) {
-            tile_load<6 + decltype(c)::value>(b + kPlaneOfB[at] * b_plane + c.value * kTileSize,
-                                              kDepth);
+            tile_load<6 + decltype(c)::value>(
+                b + kPlaneOfB<Planes>[at] * b_plane + c.value * kTileSize, kDepth);
           });
         unroll<R>(LMKERN_EACH(r) {
           unroll<C>(LMKERN_EACH(c) {
             constexpr int row = decltype(r)::value, column = decltype(c)::value;
             tile_multiply<row * C + column, 4 + row, 6 + column>();
-            if constexpr (C == 2)  // what the next block of k will load, 8 of 192 lines at a time
-              unroll<8>(LMKERN_EACH(l) {
-                constexpr int line = at * 32 + row * 16 + column * 8 + decltype(l)::value;
+            if constexpr (C == 2) {  // what the next block of k will load, some lines at a time
+              constexpr int kLines = 2 * R * kTile * Planes / (R * C * kProducts<Planes>);
+              unroll<kLines>(LMKERN_EACH(l) {
+                constexpr int line = ((at * R + row) * C + column) * kLines + decltype(l)::value;
                 constexpr int plane = line / 64, i = line % 32;
                 if constexpr (line % 64 < 32)
                   __builtin_prefetch(a + plane * a_plane + i * a_stride + kDepth);
                 else
                   __builtin_prefetch(b + b_block + plane * b_plane + i * kDepth);
               });
+            }
           });
         });
       });
@@ -344,7 +364,7 @@ struct Product {
 
 namespace detail {
 
-template <int N, int R, int C>
+template <int N, int R, int C, int Planes>
 LMKERN_INLINE void multiply_at(const Product& p, std::int64_t row, int tile) {
   const std::int64_t rows = p.rows - row, columns = p.columns - tile * kTile;
   float* const out = p.out + row * p.out_stride + tile * kTile;
@@ -362,8 +382,8 @@ LMKERN_INLINE void multiply_at(const Product& p, std::int64_t row, int tile) {
         tile_zero<acc>();
     });
   });
-  multiply_block<R, C>(p.k_blocks, p.a + row * p.a_stride, p.a_stride, p.a_plane,
-                       p.panel + tile * kTileSize, kPanelBlock<N>, N * kTileSize);
+  multiply_block<R, C, Planes>(p.k_blocks, p.a + row * p.a_stride, p.a_stride, p.a_plane,
+                               p.panel + tile * kTileSize, kPanelBlock<N, Planes>, N * kTileSize);
   unroll<R>(LMKERN_EACH(r) {
     unroll<C>(LMKERN_EACH(c) {
       tile_store<decltype(r)::value * C + decltype(c)::value>(
@@ -385,18 +405,29 @@ LMKERN_INLINE void multiply_at(const Product& p, std::int64_t row, int tile) {
 // Needs TileRegisters on this thread. Blocks of 2 x 2 tiles (14 tile loads for 24 products), and of
 // 1 x N for a last row of tiles (15 loads at N = 4). The caller chooses a depth at which the panel
 // and the rows of A fit into L2 together (12 KiB for each k-block of 64 rows and 64 columns).
-template <int N>
+template <int N, int Planes = kPlanes>
 LMKERN_INLINE void multiply_tiles(const Product& p) {
   static_assert(N >= 1 && N <= 4);
   std::int64_t row = 0;
   for (; p.rows - row > kTile; row += 2 * kTile)
     detail::unroll<(N + 1) / 2>(LMKERN_EACH(c) {
       constexpr int tile = 2 * decltype(c)::value;
-      detail::multiply_at<N, 2, (N - tile < 2 ? 1 : 2)>(p, row, tile);
+      detail::multiply_at<N, 2, (N - tile < 2 ? 1 : 2), Planes>(p, row, tile);
     });
-  if (row < p.rows) detail::multiply_at<N, 1, N>(p, row, 0);
+  if (row < p.rows) detail::multiply_at<N, 1, N, Planes>(p, row, 0);
 }
 #undef LMKERN_EACH
+
+// f with the number of tiles that cover these columns of a panel, as a template argument.
+template <class F>
+LMKERN_INLINE void with_tiles(std::int64_t columns, const F& f) {
+  switch ((columns + kTile - 1) / kTile) {
+    case 1: return f(Index<1>{});
+    case 2: return f(Index<2>{});
+    case 3: return f(Index<3>{});
+    default: return f(Index<4>{});
+  }
+}
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE::amx
 #endif  // __AMX_BF16__

@@ -3,21 +3,24 @@
 // Parallel  a work item is a block of queries of one head; items are handed out dynamically, longest
 //           first for causal masks.
 // Traffic   q and out once; k and v once per block of queries, from L2 for all but the longest rows.
-//           Bound by FMA: exp and rescaling are about 15 % at D = 64.
+//           Bound by the products: exp and rescaling are about 15 % at D = 64.
 // Limits    blocks of 4 vectors of queries, or of one where there are few queries.
 #include "core/dispatch.h"
 #include "cpu/attention_decode.h"
 #include "cpu/attention_tile.h"
+#include "cpu/attention_tiles.h"
 #include "cpu/kernels.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {
 
-template <class S, int kVecs>
+template <class Products>
 struct ForwardPass {
+  using S = typename Products::S;
   using T = Accumulate<S>;
   using V = Vec<T>;
   using Math = VecMath<T>;
+  static constexpr int kVecs = Products::kVecs;
   using Block = QueryBlock<S, kVecs>;
   static constexpr int kLane = kLanes<T>;
   static constexpr std::int64_t kQueries = Block::kQueries;
@@ -25,42 +28,28 @@ struct ForwardPass {
   const AttentionForwardArgs& a;
   const Geometry& g;
   const std::int64_t blocks = ceil_div(g.most_queries, kQueries);
-  const bool reused = blocks * g.group > 1;
-  const bool gather_k = must_gather<S>(g.p.k, reused), gather_v = must_gather<S>(g.p.v, reused);
 
   struct Thread {
     Block block;
-    T *out, *scores, *keep, *k, *v;  // out [Dv][queries]
-    Operand<T> keys, values;         // of the head at hand
-    std::int64_t head = -1;
+    Products products;
+    T *out, *scores, *keep;  // out [Dv][queries]
 
-    explicit Thread(const ForwardPass& pass) : block(pass.g) {
-      Scratch::place([&](Scratch& scratch) { layout(pass, scratch); });
-    }
-    void layout(const ForwardPass& pass, Scratch& scratch) {
-      const Geometry& g = pass.g;
-      block.layout(scratch);
-      out = scratch.take<T>(g.width * kQueries);
-      scores = scratch.take<T>(Block::kTile);
-      keep = scratch.take<T>(g.p.dropout_p > 0 ? Block::kTile : 0);
-      k = scratch.take<T>(pass.gather_k ? g.most_keys * g.depth : 0);
-      v = scratch.take<T>(pass.gather_v ? g.most_keys * g.width : 0);
+    explicit Thread(const ForwardPass& pass)
+        : block(pass.g), products(pass.g, pass.blocks * pass.g.group > 1) {
+      Scratch::place([&](Scratch& scratch) {
+        block.layout(scratch);
+        products.layout(scratch, pass.g.most_keys);
+        out = scratch.take<T>(pass.g.width * kQueries);
+        scores = scratch.take<T>(Block::kTile);
+        keep = scratch.take<T>(pass.g.p.dropout_p > 0 ? Block::kTile : 0);
+      });
     }
   };
-
-  void load_head(const Sequence& s, std::int64_t key_head, Thread& own) const {
-    const std::int64_t head = s.index * g.key_heads + key_head;
-    if (own.head == head) return;
-    own.head = head;
-    own.keys = operand(HeadRows<const S>(g.p.k, s.batch, key_head, s.first_key), gather_k, 0,
-                       s.keys, g.depth, own.k);
-    own.values = operand(HeadRows<const S>(g.p.v, s.batch, key_head, s.first_key), gather_v, 0,
-                         s.keys, g.width, own.v);
-  }
 
   void block(const Sequence& s, std::int64_t h, std::int64_t query, Thread& own) const {
     Block& block = own.block;
     block.begin(s, h, query);
+    own.products.load_queries(block.rows(g.p.q), query, block.count);
     const V hidden = splat<T>(T(-__builtin_inf()));
     const T sink = g.p.sinks.defined() ? g.p.sinks.template ptr<const T>()[h] : hidden[0];
     V highest[kVecs], sum[kVecs];
@@ -72,16 +61,16 @@ struct ForwardPass {
     bool first = true;
     for (std::int64_t key = visible.begin; key < visible.end; key += kKeyBlock) {
       const std::int64_t n_keys = least(visible.end - key, kKeyBlock);
-      if (!block.scores(own.keys.from(key), key, n_keys, own.scores)) continue;
+      if (!block.sees(key, n_keys)) continue;
+      own.products.scores(key, n_keys, own.scores);
+      block.adjust(key, n_keys, own.scores);
       const bool rescaled = exponentials(n_keys, own.scores, highest, sum, own.out, first);
       if (block.drops()) {
         block.keep(key, n_keys, own.keep);
         for (std::int64_t i = 0; i < n_keys * kQueries; i += kLane)
           store(own.scores + i, load(own.scores + i) * load(own.keep + i));
       }
-      const Operand<T> values = own.values.from(key);
-      multiply_rows<kVecs>(g.width, n_keys, values.data, 1, values.stride, own.scores, kQueries,
-                           own.out, kQueries, rescaled);
+      own.products.add_values(key, n_keys, own.scores, own.out, rescaled);
       first = false;
     }
     finish(s, h, highest, sum, first, own);
@@ -159,7 +148,7 @@ struct ForwardPass {
         const std::int64_t h = item / blocks % g.heads;
         const std::int64_t query = (blocks - 1 - item % blocks) * kQueries;
         if (query >= s.queries) continue;
-        load_head(s, h / g.group, own);
+        own.products.load_keys(s, h / g.group, {0, s.keys});
         block(s, h, query, own);
       }
     });
@@ -173,8 +162,8 @@ void attention_forward(const AttentionForwardArgs& a) {
   dispatch_float_types(a.problem.q.dtype, [&](auto tag) {
     using S = typename decltype(tag)::type;
     if (DecodePass<S>::serves(geometry)) return DecodePass<S>{a, geometry}.run();
-    with_query_vectors<Accumulate<S>>(geometry, [&](auto vectors) {
-      ForwardPass<S, decltype(vectors)::value>{a, geometry}.run();
+    with_products<S>(geometry, [&](auto products) {
+      ForwardPass<typename decltype(products)::type>{a, geometry}.run();
     });
   });
 }

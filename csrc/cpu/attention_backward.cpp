@@ -8,6 +8,7 @@
 // Limits    d_k and d_v accumulate in a thread's scratch of 2 S D elements.
 #include "core/dispatch.h"
 #include "cpu/attention_mask_gradient.h"
+#include "cpu/attention_tiles.h"
 #include "cpu/kernels.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
@@ -15,56 +16,35 @@ namespace {
 
 constexpr std::int64_t kKeyChunk = 4 * kKeyBlock;  // of keys, for one item of the split order
 
-template <class S, int kVecs>
+template <class Products>
 struct BackwardPass {
+  using S = typename Products::S;
   using T = Accumulate<S>;
   using V = Vec<T>;
-  using Gradient = GradientBlock<S, kVecs>;
+  using Gradient = GradientBlock<Products>;
+  static constexpr int kVecs = Products::kVecs;
   static constexpr int kLane = kLanes<T>;
   static constexpr std::int64_t kQueries = Gradient::kQueries;
 
   const AttentionBackwardArgs& a;
   const Geometry& g;
-  const std::int64_t depth_padded = ceil_div(g.depth, kLane) * kLane;
-  const std::int64_t width_padded = ceil_div(g.width, kLane) * kLane;
-  const bool gather_k = must_gather<S>(g.p.k, true), gather_v = must_gather<S>(g.p.v, true);
 
   struct Thread {
     Gradient gradient;
-    T *q_rows, *d_out_rows;   // [queries][D padded], [queries][Dv padded]; q scaled
-    T* d_q;                   // [D][queries]
-    T *d_k, *d_v;             // [keys][D padded], [keys][Dv padded]
-    T *k, *v;                 // [keys][D], [keys][Dv], where gathered
-    Operand<T> keys, values;  // of the head and the range of keys at hand
-    std::int64_t head = -1;
-    Range range{-1, -1};
+    T* d_q;        // [D][queries]
+    T *d_k, *d_v;  // [keys][D padded], [keys][Dv padded]
 
     // key_rows: how many keys are at hand at a time; sum_rows: of how many d_k and d_v are summed.
     Thread(const BackwardPass& pass, std::int64_t key_rows, std::int64_t sum_rows)
         : gradient(pass.a, pass.g) {
       Scratch::place([&](Scratch& scratch) {
-        gradient.layout(scratch);
-        q_rows = scratch.take<T>(pass.depth_padded * kQueries);
-        d_out_rows = scratch.take<T>(pass.width_padded * kQueries);
+        gradient.layout(scratch, key_rows);
         d_q = scratch.take<T>(pass.g.depth * kQueries);
-        d_k = scratch.take<T>(sum_rows * pass.depth_padded);
-        d_v = scratch.take<T>(sum_rows * pass.width_padded);
-        k = scratch.take<T>(pass.gather_k ? key_rows * pass.g.depth : 0);
-        v = scratch.take<T>(pass.gather_v ? key_rows * pass.g.width : 0);
+        d_k = scratch.take<T>(sum_rows * gradient.products.depth_padded);
+        d_v = scratch.take<T>(sum_rows * gradient.products.width_padded);
       });
     }
   };
-
-  void load_keys(const Sequence& s, std::int64_t key_head, Range range, Thread& own) const {
-    const std::int64_t head = s.index * g.key_heads + key_head, count = range.end - range.begin;
-    if (own.head == head && own.range.begin == range.begin && own.range.end == range.end) return;
-    own.head = head;
-    own.range = range;
-    own.keys = operand(HeadRows<const S>(g.p.k, s.batch, key_head, s.first_key), gather_k,
-                       range.begin, count, g.depth, own.k);
-    own.values = operand(HeadRows<const S>(g.p.v, s.batch, key_head, s.first_key), gather_v,
-                         range.begin, count, g.width, own.v);
-  }
 
   // One block of queries of head h against the keys of `range`.
   void block(const Sequence& s, std::int64_t h, std::int64_t query, Range range, bool want_q,
@@ -75,30 +55,20 @@ struct BackwardPass {
     if (begin >= end && !want_q) return;
     Gradient& gradient = own.gradient;
     gradient.begin(s, h, query);
-    const T scale = static_cast<T>(g.p.scale);
-    if (want_kv) {
-      copy_rows<S>(HeadRows<const S>(g.p.q, s.batch, h, s.first_query), query, count, g.depth,
-                   depth_padded, scale, own.q_rows);
-      copy_rows<S>(HeadRows<const S>(a.d_out, s.batch, h, s.first_query), query, count, g.width,
-                   width_padded, T(1), own.d_out_rows);
-    }
+    Products& products = gradient.products;
     if (want_q)
       for (std::int64_t i = 0; i < g.depth * kQueries; i += kLane) store(own.d_q + i, V{});
     for (std::int64_t key = begin; key < end; key += kKeyBlock) {
       const std::int64_t n_keys = least(end - key, kKeyBlock), at = key - range.begin;
-      const Operand<T> keys = own.keys.from(at);
-      if (!gradient.tile(keys, own.values.from(at), key, n_keys)) continue;
+      if (!gradient.tile(key, at, n_keys)) continue;
       if (want_kv) {
-        multiply_columns(n_keys, width_padded, count, gradient.p, kQueries, 1, own.d_out_rows,
-                         width_padded, own.d_v + at * width_padded, width_padded, true);
-        multiply_columns(n_keys, depth_padded, count, gradient.d_s, kQueries, 1, own.q_rows,
-                         depth_padded, own.d_k + at * depth_padded, depth_padded, true);
+        products.add_d_v(n_keys, gradient.p, own.d_v + at * products.width_padded);
+        products.add_d_k(n_keys, gradient.d_s, own.d_k + at * products.depth_padded);
       }
-      if (want_q)
-        multiply_rows<kVecs>(g.depth, n_keys, keys.data, 1, keys.stride, gradient.d_s, kQueries,
-                             own.d_q, kQueries, true);
+      if (want_q) products.add_d_q(at, n_keys, gradient.d_s, own.d_q);
     }
     if (!want_q) return;
+    const T scale = static_cast<T>(g.p.scale);
     for (std::int64_t i = 0; i < g.depth * kQueries; i += kLane)
       store(own.d_q + i, load(own.d_q + i) * scale);
     const HeadRows<S> d_q(a.d_q, s.batch, h, s.first_query);
@@ -114,7 +84,9 @@ struct BackwardPass {
   void key_rows(const Sequence& s, std::int64_t key_head, Range range, bool want_q,
                 Thread& own) const {
     const std::int64_t rows = range.end - range.begin;
-    load_keys(s, key_head, range, own);
+    Products& products = own.gradient.products;
+    const std::int64_t depth_padded = products.depth_padded, width_padded = products.width_padded;
+    products.load_keys(s, key_head, range);
     for (std::int64_t i = 0; i < rows * depth_padded; i += kLane) store(own.d_k + i, V{});
     for (std::int64_t i = 0; i < rows * width_padded; i += kLane) store(own.d_v + i, V{});
     for (std::int64_t h = key_head * g.group; h < (key_head + 1) * g.group; ++h)
@@ -123,14 +95,15 @@ struct BackwardPass {
     const HeadRows<S> d_k(a.d_k, s.batch, key_head, s.first_key);
     const HeadRows<S> d_v(a.d_v, s.batch, key_head, s.first_key);
     for (std::int64_t j = 0; j < rows; ++j) {
-      store_row(own.d_k + j * depth_padded, g.depth, d_k.row(range.begin + j));
-      store_row(own.d_v + j * width_padded, g.width, d_v.row(range.begin + j));
+      store_row(own.d_k + j * depth_padded, g.depth, static_cast<T>(g.p.scale),
+                d_k.row(range.begin + j));
+      store_row(own.d_v + j * width_padded, g.width, T(1), d_v.row(range.begin + j));
     }
   }
 
-  static void store_row(const T* from, std::int64_t columns, S* to) {
+  static void store_row(const T* from, std::int64_t columns, T factor, S* to) {
     for (std::int64_t c = 0; c < columns; c += kLane)
-      store_n(to + c, from == nullptr ? V{} : load(from + c), least(columns - c, kLane));
+      store_n(to + c, from == nullptr ? V{} : load(from + c) * factor, least(columns - c, kLane));
   }
 
   // Keys beyond key_lengths have gradients too: zeros.
@@ -138,8 +111,8 @@ struct BackwardPass {
     if (!g.p.key_lengths.defined()) return;
     const HeadRows<S> d_k(a.d_k, s.batch, key_head, 0), d_v(a.d_v, s.batch, key_head, 0);
     for (std::int64_t j = s.keys; j < g.p.k.shape[2]; ++j) {
-      store_row(nullptr, g.depth, d_k.row(j));
-      store_row(nullptr, g.width, d_v.row(j));
+      store_row(nullptr, g.depth, 1, d_k.row(j));
+      store_row(nullptr, g.width, 1, d_v.row(j));
     }
   }
 
@@ -186,7 +159,7 @@ struct BackwardPass {
           const Sequence s = g.sequence(row / g.heads);
           const std::int64_t query = (blocks - 1 - i) * kQueries;
           if (query >= s.queries) continue;
-          load_keys(s, row % g.heads / g.group, {0, s.keys}, own);
+          own.gradient.products.load_keys(s, row % g.heads / g.group, {0, s.keys});
           block(s, row % g.heads, query, {0, s.keys}, true, false, own);
         }
       }
@@ -200,11 +173,13 @@ void attention_backward(const AttentionBackwardArgs& a) {
   const Geometry geometry(a.problem);
   dispatch_float_types(a.problem.q.dtype, [&](auto tag) {
     using S = typename decltype(tag)::type;
-    with_query_vectors<Accumulate<S>>(geometry, [&](auto vectors) {
-      constexpr int n = decltype(vectors)::value;
-      BackwardPass<S, n>{a, geometry}.run();
-      if (a.d_mask.defined()) MaskGradient<S, n>{a, geometry}.run();
+    with_gradients<S>(geometry, [&](auto products) {
+      BackwardPass<typename decltype(products)::type>{a, geometry}.run();
     });
+    if (a.d_mask.defined())
+      with_query_vectors<Accumulate<S>>(geometry, [&](auto vectors) {
+        MaskGradient<VectorGradients<S, decltype(vectors)::value>>{a, geometry}.run();
+      });
   });
 }
 

@@ -4,10 +4,12 @@
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 
-template <class S, int kVecs>
+template <class Products>
 class GradientBlock {
  public:
+  using S = typename Products::S;
   using T = Accumulate<S>;
+  static constexpr int kVecs = Products::kVecs;
   using V = Vec<T>;
   using Math = VecMath<T>;
   using Block = QueryBlock<S, kVecs>;
@@ -17,13 +19,16 @@ class GradientBlock {
   const AttentionBackwardArgs& a;
   const Geometry& g;
   Block block;
+  Products products;
   T *p = nullptr, *d_s = nullptr;  // [keys of a block][queries]; p with dropout
   V distance[kVecs];               // sums of d_s |p_i - j|, where wanted
 
   GradientBlock(const AttentionBackwardArgs& args, const Geometry& geometry)
-      : a(args), g(geometry), block(geometry) {}
-  void layout(Scratch& scratch) {
+      : a(args), g(geometry), block(geometry), products(geometry) {}
+  // key_rows: how many keys are at hand at a time.
+  void layout(Scratch& scratch, std::int64_t key_rows) {
     block.layout(scratch);
+    products.layout(scratch, key_rows);
     d_out_ = scratch.take<T>(g.width * kQueries);
     out_ = scratch.take<T>(g.width * kQueries);
     p = scratch.take<T>(Block::kTile);
@@ -35,8 +40,9 @@ class GradientBlock {
   void begin(const Sequence& s, std::int64_t h, std::int64_t query) {
     block.begin(s, h, query);
     const std::int64_t count = block.count;
-    const HeadRows<const S> out(a.out, s.batch, h, s.first_query);
-    const HeadRows<const S> d_out(a.d_out, s.batch, h, s.first_query);
+    const HeadRows<const S> out = block.rows(a.out), d_out = block.rows(a.d_out);
+    products.load_queries(block.rows(g.p.q), query, count);
+    products.load_gradients(block.rows(g.p.q), d_out, query, count);
     transpose_into(d_out.row(query), d_out.stride, count, kQueries, g.width, d_out_, kQueries);
     transpose_into(out.row(query), out.stride, count, kQueries, g.width, out_, kQueries);
     // Lanes beyond the last query, and queries that see no key, get lse = +inf: their P is zero.
@@ -70,27 +76,27 @@ class GradientBlock {
   }
 
   // p and d_s of a tile; d_s with the softcap's slope, if `capped`. Returns false, and nothing, where
-  // a mask hides all.
-  bool tile(Operand<T> keys, Operand<T> values, std::int64_t key, std::int64_t n_keys,
-            bool capped = true) {
+  // a mask hides all. `at` counts keys from the first one at hand.
+  bool tile(std::int64_t key, std::int64_t at, std::int64_t n_keys, bool capped = true) {
     const bool cap = capped && g.p.softcap != 0, drops = block.drops();
-    if (!block.scores(keys, key, n_keys, p, cap ? cap_slope_ : nullptr)) return false;
-    multiply_rows<kVecs>(n_keys, g.width, values.data, values.stride, 1, d_out_, kQueries, d_s,
-                         kQueries, false);
+    if (!block.sees(key, n_keys)) return false;
+    products.scores(at, n_keys, p);
+    block.adjust(key, n_keys, p, cap ? cap_slope_ : nullptr);
+    products.d_p(at, n_keys, d_s);
     if (drops) block.keep(key, n_keys, keep_);
     for (std::int64_t j = 0; j < n_keys; ++j) {
       LMKERN_UNROLL
       for (int n = 0; n < kVecs; ++n) {
-        const std::int64_t at = j * kQueries + n * kLane;
-        V weight = Math::exp_nonpositive(load(p + at) - lse_[n]), d_p = load(d_s + at);
-        if (drops) d_p *= load(keep_ + at);
+        const std::int64_t i = j * kQueries + n * kLane;
+        V weight = Math::exp_nonpositive(load(p + i) - lse_[n]), d_p = load(d_s + i);
+        if (drops) d_p *= load(keep_ + i);
         V d = weight * (d_p - delta_[n]);
-        if (drops) weight *= load(keep_ + at);
+        if (drops) weight *= load(keep_ + i);
         if (a.d_distance.defined())
           distance[n] += d * Math::abs(block.position(n) - static_cast<T>(key + j));
-        if (cap) d *= load(cap_slope_ + at);
-        store(p + at, weight);
-        store(d_s + at, d);
+        if (cap) d *= load(cap_slope_ + i);
+        store(p + i, weight);
+        store(d_s + i, d);
       }
     }
     return true;

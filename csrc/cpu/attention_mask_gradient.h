@@ -10,11 +10,11 @@
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 
-template <class S, int kVecs>
+template <class Products>
 struct MaskGradient {
-  using T = Accumulate<S>;
+  using T = typename Products::T;
   using V = Vec<T>;
-  using Gradient = GradientBlock<S, kVecs>;
+  using Gradient = GradientBlock<Products>;
   static constexpr int kLane = kLanes<T>;
   static constexpr std::int64_t kQueries = Gradient::kQueries, kTile = Gradient::Block::kTile;
 
@@ -28,14 +28,12 @@ struct MaskGradient {
 
   struct Thread {
     Gradient gradient;
-    T *sum, *k, *v;
+    T* sum;
 
     explicit Thread(const MaskGradient& pass) : gradient(pass.a, pass.g) {
       Scratch::place([&](Scratch& scratch) {
-        gradient.layout(scratch);
+        gradient.layout(scratch, kKeyBlock);
         sum = scratch.take<T>(kTile);
-        k = scratch.take<T>(kKeyBlock * pass.g.depth);
-        v = scratch.take<T>(kKeyBlock * pass.g.width);
       });
     }
   };
@@ -47,15 +45,12 @@ struct MaskGradient {
     Gradient& gradient = own.gradient;
     gradient.begin(s, h, query);
     const Range seen = gradient.block.visible();
-    const HeadRows<const S> k(g.p.k, s.batch, h / g.group, 0), v(g.p.v, s.batch, h / g.group, 0);
     const std::int64_t last = one_key ? keys : key + kKeyBlock;
     for (; key < last; key += kKeyBlock) {
       const std::int64_t n_keys = least(seen.end - key, kKeyBlock);
       if (n_keys <= 0 || key < seen.begin) continue;
-      if (!gradient.tile(operand(k, sizeof(S) != sizeof(T), key, n_keys, g.depth, own.k),
-                         operand(v, sizeof(S) != sizeof(T), key, n_keys, g.width, own.v), key,
-                         n_keys, false))
-        continue;
+      gradient.products.load_keys(s, h / g.group, {key, key + n_keys});
+      if (!gradient.tile(key, 0, n_keys, false)) continue;
       for (std::int64_t i = 0; i < n_keys * kQueries; i += kLane)
         store(own.sum + i, load(own.sum + i) + load(gradient.d_s + i));
     }

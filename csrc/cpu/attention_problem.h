@@ -87,24 +87,6 @@ struct HeadRows {
   LMKERN_INLINE S* row(std::int64_t i) const { return data + i * stride; }
 };
 
-// Rows of a head as the microkernel's broadcast operand.
-template <class T>
-struct Operand {
-  const T* data;
-  std::int64_t stride;
-
-  LMKERN_INLINE Operand from(std::int64_t row) const { return {data + row * stride, stride}; }
-};
-
-// Whether a head's rows should be gathered before use. 16-bit ones must be, to be converted. Others
-// are used in place where rows follow each other; heads inside one projection lie a few KiB apart,
-// each row on a page of its own and all of them in the same few sets of the L1 cache, where no
-// prefetcher follows: reading them again for each block of queries took a fifth of the time.
-template <class S>
-LMKERN_INLINE bool must_gather(const TensorView& view, bool reused) {
-  return sizeof(S) != sizeof(Accumulate<S>) || (reused && view.strides[2] != view.shape[3]);
-}
-
 // to[r][:] = factor * from[first + r][:], with columns up to `padded` zero.
 template <class S>
 LMKERN_INLINE void copy_rows(HeadRows<const S> from, std::int64_t first, std::int64_t rows,
@@ -115,16 +97,6 @@ LMKERN_INLINE void copy_rows(HeadRows<const S> from, std::int64_t first, std::in
     for (std::int64_t c = 0; c < padded; c += n)
       store_n(to + r * padded + c, load_n(from.row(first + r) + c, least(columns - c, n)) * factor,
               least(padded - c, n));
-}
-
-template <class S>
-LMKERN_INLINE Operand<Accumulate<S>> operand(HeadRows<const S> rows, bool gather,
-                                             std::int64_t first, std::int64_t count,
-                                             std::int64_t width, Accumulate<S>* buffer) {
-  if constexpr (sizeof(S) == sizeof(Accumulate<S>))
-    if (!gather) return {rows.row(first), rows.stride};
-  copy_rows<S>(rows, first, count, width, width, 1, buffer);
-  return {buffer, width};
 }
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

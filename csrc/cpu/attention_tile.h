@@ -2,9 +2,9 @@
 // attention over more than a few queries.
 //
 // Queries lie along the lanes, keys and head dimensions along the rows of a tile. With that layout
-// every product of attention is multiply_rows with k or v as the broadcast operand, which is never
-// transposed; softmax statistics are plain vector operations; and only a block's q and d_out
-// are ever transposed. A tile of 64 keys x 64 queries, 16 KiB, stays in L1 between the passes over it.
+// softmax statistics are plain vector operations, and of the products' operands only a block's q and
+// d_out are ever transposed. A tile of 64 keys x 64 queries, 16 KiB, stays in L1 between the passes
+// over it: the product (attention_products.h), then what the options make of it (`adjust`).
 #pragma once
 #include "cpu/attention_problem.h"
 #include "cpu/philox.h"
@@ -41,23 +41,15 @@ class QueryBlock {
   const Geometry& g;
   Sequence s{};
   std::int64_t head = 0, query = 0, count = 0;  // the head, its first query, how many
-  T* q = nullptr;                               // [D][queries], scaled
 
   explicit QueryBlock(const Geometry& geometry) : g(geometry) {}
-  void layout(Scratch& scratch) {
-    q = scratch.take<T>(g.depth * kQueries);
-    mask_ = scratch.take<T>(g.p.mask.defined() ? 2 * kTile : 0);
-  }
+  void layout(Scratch& scratch) { mask_ = scratch.take<T>(g.p.mask.defined() ? 2 * kTile : 0); }
 
   void begin(const Sequence& sequence, std::int64_t h, std::int64_t first) {
     s = sequence;
     head = h;
     query = first;
     count = least(s.queries - first, kQueries);
-    const HeadRows<const S> rows(g.p.q, s.batch, h, s.first_query);
-    transpose_into(rows.row(query), rows.stride, count, kQueries, g.depth, q, kQueries);
-    const T scale = static_cast<T>(g.p.scale);
-    for (std::int64_t i = 0; i < g.depth * kQueries; i += kLane) store(q + i, load(q + i) * scale);
     slope_ = g.p.alibi_slopes.defined()
                  ? g.p.alibi_slopes.template ptr<const T>()[s.index * g.p.alibi_slopes.strides[0] +
                                                             h * g.p.alibi_slopes.strides[1]]
@@ -71,16 +63,20 @@ class QueryBlock {
     return lane + static_cast<T>(query + s.offset + n * kLane);
   }
 
-  // Scores of n_keys keys, whose rows are `keys`, into tile [keys][queries]; under a softcap also
-  // 1 - tanh^2 into `cap_slope`, where wanted. Returns false, and nothing, if a mask hides all.
-  bool scores(Operand<T> keys, std::int64_t key, std::int64_t n_keys, T* tile,
-              T* cap_slope = nullptr) {
+  HeadRows<const S> rows(const TensorView& view) const {
+    return HeadRows<const S>(view, s.batch, head, s.first_query);
+  }
+
+  // Whether the mask shows any of n_keys keys to any query; keeps its tile for `adjust`.
+  bool sees(std::int64_t key, std::int64_t n_keys) {
+    return !g.p.mask.defined() || load_mask(key, n_keys);
+  }
+
+  // From products to scores; under a softcap also 1 - tanh^2 into `cap_slope`, where wanted.
+  void adjust(std::int64_t key, std::int64_t n_keys, T* tile, T* cap_slope = nullptr) const {
     const bool masked = g.p.mask.defined();
-    if (masked && !load_mask(key, n_keys)) return false;
-    multiply_rows<kVecs>(n_keys, g.depth, keys.data, keys.stride, 1, q, kQueries, tile, kQueries,
-                         false);
     const bool cut = g.cuts(s, query, count, key, n_keys);
-    if (!masked && !cut && slope_ == 0 && g.p.softcap == 0) return true;
+    if (!masked && !cut && slope_ == 0 && g.p.softcap == 0) return;
     const T cap = static_cast<T>(g.p.softcap), cap_inverse = cap == 0 ? T(0) : 1 / cap;
     for (std::int64_t j = 0; j < n_keys; ++j) {
       LMKERN_UNROLL
@@ -98,7 +94,6 @@ class QueryBlock {
         store(tile + at, score);
       }
     }
-    return true;
   }
 
   bool drops() const { return g.p.dropout_p > 0; }

@@ -3,6 +3,7 @@
 // Parallel  a work item is a block of queries, of one head or, for their mean, of all.
 // Traffic   one product of the forward pass's two, and the weights: bound by writing them.
 #include "core/dispatch.h"
+#include "cpu/attention_products.h"
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 
@@ -24,15 +25,16 @@ struct WeightsPass {
 
   struct Thread {
     Block block;
-    T *tile, *keep, *sum, *k;
+    VectorProducts<S, kVecs> products;
+    T *tile, *keep, *sum;
 
-    explicit Thread(const WeightsPass& pass) : block(pass.g) {
+    explicit Thread(const WeightsPass& pass) : block(pass.g), products(pass.g, pass.blocks > 1) {
       Scratch::place([&](Scratch& scratch) {
         block.layout(scratch);
+        products.layout(scratch, pass.keys);
         tile = scratch.take<T>(Block::kTile);
         keep = scratch.take<T>(pass.g.p.dropout_p > 0 ? Block::kTile : 0);
         sum = scratch.take<T>(ceil_div(pass.keys, kKeyBlock) * Block::kTile);
-        k = scratch.take<T>(kKeyBlock * pass.g.depth);
       });
     }
   };
@@ -53,12 +55,14 @@ struct WeightsPass {
       const bool sees = i < block.count && row[i] != T(-__builtin_inf());
       lse[i] = sees ? row[i] : T(__builtin_inf());
     }
-    const HeadRows<const S> k(g.p.k, s.batch, h / g.group, s.first_key);
+    own.products.load_keys(s, h / g.group, {0, s.keys});
+    own.products.load_queries(block.rows(g.p.q), query, block.count);
     const Range seen = block.visible();
     for (std::int64_t key = seen.begin; key < seen.end; key += kKeyBlock) {
       const std::int64_t n_keys = least(seen.end - key, kKeyBlock);
-      const Operand<T> keys = operand(k, sizeof(S) != sizeof(T), key, n_keys, g.depth, own.k);
-      if (!block.scores(keys, key, n_keys, own.tile)) continue;
+      if (!block.sees(key, n_keys)) continue;
+      own.products.scores(key, n_keys, own.tile);
+      block.adjust(key, n_keys, own.tile);
       if (block.drops()) block.keep(key, n_keys, own.keep);
       for (std::int64_t i = 0; i < n_keys * kQueries; i += kLane) {
         V p = VecMath<T>::exp_nonpositive(load(own.tile + i) - load(lse + i % kQueries)) * factor;

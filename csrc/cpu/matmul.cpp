@@ -36,17 +36,6 @@ std::int64_t equal_part(std::int64_t n, std::int64_t most, std::int64_t grain) {
   return ceil_div(ceil_div(n, ceil_div(n, most)), grain) * grain;
 }
 
-// f with the number of tiles that cover these columns of a panel, as a template argument.
-template <class F>
-LMKERN_INLINE void with_tiles(std::int64_t columns, const F& f) {
-  switch (ceil_div(columns, amx::kTile)) {
-    case 1: return f(amx::Index<1>{});
-    case 2: return f(amx::Index<2>{});
-    case 3: return f(amx::Index<3>{});
-    default: return f(amx::Index<4>{});
-  }
-}
-
 // The part of b that is packed at a time.
 struct Stage {
   std::int64_t column, columns;  // the first one, and how many
@@ -127,7 +116,7 @@ struct Multiplication {
       const std::int64_t width = least(kPanelColumns, stage.columns - column);
       const std::int64_t n = stage.column + column, k = (stage.block + block) * amx::kDepth;
       const std::int64_t length = depth_of(stage.block + block, least(chunk, stage.blocks - block));
-      with_tiles(width, [&](auto tiles) {
+      amx::with_tiles(width, [&](auto tiles) {
         constexpr int N = decltype(tiles)::value;
         amx::Half* const to =
             packed + item / chunks * stage.blocks * kPanelBlock + block * amx::kPanelBlock<N>;
@@ -165,7 +154,7 @@ struct Multiplication {
         for (std::int64_t p = panels.begin; p < panels.end; ++p) {
           const std::int64_t column = stage.column + p * kPanelColumns;
           const std::int64_t width = least(kPanelColumns, stage.column + stage.columns - column);
-          with_tiles(width, [&](auto tiles) {
+          amx::with_tiles(width, [&](auto tiles) {
             constexpr int N = decltype(tiles)::value;
             amx::multiply_tiles<N>(
                 {.rows = height,
