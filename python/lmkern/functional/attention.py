@@ -22,7 +22,12 @@ from lmkern.functional._attention import (
     check_slopes,
     check_window,
 )
-from lmkern.ops.attention import DIFFERENTIABLE, AttentionFunction, Problem, attention_weights
+from lmkern.ops.attention import (
+    AttentionFunction,
+    Problem,
+    attention_weights,
+    plain_attention,
+)
 from lmkern.ops.check import check_tensors
 from lmkern.ops.library import accumulate_dtype, autocast, needs_grad, use_kernel
 
@@ -104,6 +109,17 @@ def scaled_dot_product_attention(
     Source: Dao et al. 2022 (FlashAttention), Dao 2023; window: Beltagy et al. 2020; softcap: Gemma
     Team 2024; alibi_slopes: Press et al. 2022; sinks: Xiao et al. 2024, as in gpt-oss.
     """
+    if (
+        attn_mask is None and window is None and softcap is None and alibi_slopes is None
+        and sinks is None and key_lengths is None and cu_seqlens is None and dropout_p == 0.0
+        and not return_lse and return_weights is None and causal_align == "top_left"
+        and isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+        and query.dim() == key.dim() == value.dim() == 4
+        and (query.shape[1] == key.shape[1] or enable_gqa)
+    ):  # fmt: skip
+        plain = plain_attention(query, key, value, scale, bool(is_causal))
+        if plain is not None:
+            return plain
     check_tensors(
         OP, query=query, key=key, value=value, attn_mask=attn_mask, alibi_slopes=alibi_slopes,
         sinks=sinks, key_lengths=key_lengths,
@@ -148,16 +164,16 @@ def scaled_dot_product_attention(
     q = as_heads(query, e.lead, e.heads)
     k, v = (as_heads(x, e.lead, e.key_heads) for x in (key, value))
 
-    packed = (None, None) if cu is None else (cu[0], None if cu[1] is cu[0] else cu[1])
+    cu_q, cu_k = (None, None) if cu is None else (cu[0], None if cu[1] is cu[0] else cu[1])
     seed = None
     if dropout_p > 0.0:  # of torch's generator, so that torch.manual_seed rules
         seed = torch.randint(1 << 62, (), dtype=torch.int64)
     problem = Problem(
-        q, k, v, mask, slopes, sinks, lengths, *packed, seed, factor, softcap or 0.0, left, right,
+        q, k, v, mask, slopes, sinks, lengths, cu_q, cu_k, seed, factor, softcap or 0.0, left, right,
         bottom_right, dropout_p,
     )  # fmt: skip
     lse = weights = None
-    training = needs_grad(*problem[:DIFFERENTIABLE])
+    training = needs_grad(q, k, v, mask, slopes, sinks)
     # Dynamo traces a gradient of the weights, wanted or not, and that one is not the kernel's.
     traced_weights = return_weights is not None and training and torch.compiler.is_compiling()
     if traced_weights or not use_kernel(OP, query):

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from lmkern import _C, reference
-from lmkern.ops.library import accumulate_dtype, define_op, reference_backward
+from lmkern.ops.library import (
+    KERNEL_DTYPES,
+    accumulate_dtype,
+    define_op,
+    is_plain_eager,
+    needs_grad,
+    reference_backward,
+)
 
 _PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
@@ -105,10 +112,10 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     p, (out, lse) = Problem(*args[:_SIZE]), args[_SIZE : _SIZE + 2]
     grads = _backward_fake(d_out, d_lse, *args)
-    *heads, d_distance, d_mask = grads
+    d_q, d_k, d_v, d_distance, d_mask = grads
     _C.attention_backward(
-        p.for_kernel(), _rows(d_out), None if d_lse is None else d_lse.contiguous(), out, lse, *heads,
-        None if p.alibi_slopes is None else d_distance,
+        p.for_kernel(), _rows(d_out), None if d_lse is None else d_lse.contiguous(), out, lse, d_q,
+        d_k, d_v,        None if p.alibi_slopes is None else d_distance,
         d_mask if args[-1] and p.mask is not None else None,
     )  # fmt: skip
     return grads
@@ -157,6 +164,45 @@ def _run_reference(p: Problem, weights: str | None, keep: Tensor | None, *inputs
     )  # fmt: skip
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def plain_attention(q: Any, k: Any, v: Any, scale: float | None, causal: bool) -> Tensor | None:
+    """out for [B, H, N, D] without gradients or options; None where the usual way must be taken.
+
+    The short way to the kernel, for decoding: a step of one query takes tens of microseconds, and the
+    usual way (checks in Python, dispatcher) twenty. What does not fit goes there, which also words the
+    errors.
+    """
+    if (
+        q.__class__ not in _PLAIN
+        or k.__class__ not in _PLAIN
+        or v.__class__ not in _PLAIN
+        or q.dim() != 4
+        or q.dtype not in KERNEL_DTYPES
+        or not (q.is_cpu and k.is_cpu and v.is_cpu)
+        or not is_plain_eager()
+        or q.is_neg()
+        or k.is_neg()
+        or v.is_neg()
+        or needs_grad(q, k, v)
+    ):
+        return None
+    batch, heads, queries, depth = q.shape
+    out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
+    lse = q.new_empty(batch, heads, queries, dtype=accumulate_dtype(q.dtype))
+    scale = 1 / math.sqrt(max(depth, 1)) if scale is None else scale
+    problem = (
+        _rows(q), _rows(k), _rows(v), None, None, None, None, None, None, scale, 0.0, -1,
+        0 if causal else -1, False, 0.0, 0,
+    )  # fmt: skip
+    try:
+        _C.attention_forward(problem, out, lse)
+    except (ValueError, TypeError):
+        return None
+    return out
+
+
 class AttentionFunction(torch.autograd.Function):
     """(*Problem, weights) -> out, lse[, weights], with gradients for q, k, v, mask, slopes, sinks.
 
@@ -188,7 +234,7 @@ class AttentionFunction(torch.autograd.Function):
                 grad_outputs.append(d_weights)
             grads = reference_backward(
                 lambda *inputs: _run_reference(p, ctx.weights, keep, *inputs),
-                p[:DIFFERENTIABLE],
+                (p.q, p.k, p.v, p.mask, p.alibi_slopes, p.sinks),
                 grad_outputs,
             )
             return (*grads, *rest)
