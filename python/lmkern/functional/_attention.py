@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lmkern.ops.attention import FARTHEST
 from lmkern.ops.check import check_dtype, check_shape, check_tensors
 
 OP = "scaled_dot_product_attention"
@@ -117,7 +118,7 @@ def check_window(window: Any, is_causal: bool) -> tuple[int, int]:
             raise ValueError(
                 f"{OP}: window must be (left, right), each None, -1 or a distance >= 0, got {window}"
             )
-        left, right = (-1 if w is None else int(w) for w in sides)
+        left, right = (-1 if w is None else min(int(w), FARTHEST) for w in sides)
     return left, 0 if is_causal else right
 
 
