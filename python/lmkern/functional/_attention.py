@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lmkern.ops.attention import FARTHEST
 from lmkern.ops.check import check_dtype, check_shape, check_tensors
+from lmkern.ops.library import accumulate_dtype
 
 OP = "scaled_dot_product_attention"
 
@@ -90,6 +91,7 @@ def check_mask(mask: Tensor, dtype: torch.dtype, e: Extents) -> Tensor:
             raise TypeError(f"{OP}: attn_mask must be bool or floating, got {mask.dtype}")
         if mask.dtype != dtype:
             # A large finite value stays finite in a narrower dtype: only -inf hides a key.
+            mask = mask.to(torch.promote_types(mask.dtype, accumulate_dtype(dtype)))
             finite = mask.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
             mask = torch.where(mask.isinf(), mask, finite).to(dtype)
     target = (*e.lead, e.heads, e.queries, e.keys) if e.dims > 2 else (e.queries, e.keys)
