@@ -68,26 +68,31 @@ def torch_attention(q, k, v, mask=None, sinks=None, **options):
     return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
-    """Relative to the largest element, and to it alone: sums of opposite terms have no digits left."""
+def close(
+    actual: Tensor, expected: Tensor, tolerance: float, what: str = "", least: float = ZERO
+) -> None:
+    """Relative to the largest element, and to it alone: sums of opposite terms have no digits left.
+
+    least: what that element is at least taken for; a truth of zero for 1.
+    """
     assert actual.shape == expected.shape, f"{what}: {list(actual.shape)}, {list(expected.shape)}"
     if expected.numel() == 0:
         return
     same = actual == expected  # infinities
     error = torch.where(same, 0.0, (actual.double() - expected.double()).abs()).max().item()
     scale = expected.double().masked_fill(~expected.isfinite(), 0.0).abs().max().item()
-    scale = scale if scale >= ZERO else 1.0
+    scale = max(scale, least) if max(scale, least) > ZERO else 1.0
     assert error <= tolerance * scale, f"{what}: relative error {error / scale:.1e}"
 
 
-def compare(ours, theirs, inputs, tolerance=None):
+def compare(ours, theirs, inputs, tolerance=None, least=ZERO):
     """Outputs and gradients of ``ours`` against ``theirs`` in float64."""
     dtype = inputs[0].dtype
     exact = outputs_and_gradients(
         theirs, [x.double() if x.is_floating_point() else x for x in inputs]
     )
     for i, (a, e) in enumerate(zip(outputs_and_gradients(ours, inputs), exact, strict=True)):
-        close(a, e, tolerance or TOLERANCE[dtype], f"result {i}")
+        close(a, e, tolerance or TOLERANCE[dtype], f"result {i}", least)
 
 
 def finite(f):

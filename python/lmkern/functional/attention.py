@@ -22,7 +22,7 @@ from lmkern.functional._attention import (
     check_slopes,
     check_window,
 )
-from lmkern.ops.attention import DIFFERENTIABLE, AttentionFunction, Problem, attention_weights
+from lmkern.ops.attention import AttentionFunction, Problem, attention_weights
 from lmkern.ops.check import check_tensors
 from lmkern.ops.library import accumulate_dtype, autocast, needs_grad, use_kernel
 
@@ -148,16 +148,16 @@ def scaled_dot_product_attention(
     q = as_heads(query, e.lead, e.heads)
     k, v = (as_heads(x, e.lead, e.key_heads) for x in (key, value))
 
-    packed = (None, None) if cu is None else (cu[0], None if cu[1] is cu[0] else cu[1])
+    cu_q, cu_k = (None, None) if cu is None else cu
     seed = None
     if dropout_p > 0.0:  # of torch's generator, so that torch.manual_seed rules
         seed = torch.randint(1 << 62, (), dtype=torch.int64)
     problem = Problem(
-        q, k, v, mask, slopes, sinks, lengths, *packed, seed, factor, softcap or 0.0, left, right,
-        bottom_right, dropout_p,
+        q, k, v, mask, slopes, sinks, lengths, cu_q, None if cu_k is cu_q else cu_k, seed, factor,
+        softcap or 0.0, left, right, bottom_right, dropout_p,
     )  # fmt: skip
     lse = weights = None
-    training = needs_grad(*problem[:DIFFERENTIABLE])
+    training = needs_grad(q, k, v, mask, slopes, sinks)
     # Dynamo traces a gradient of the weights, wanted or not, and that one is not the kernel's.
     traced_weights = return_weights is not None and training and torch.compiler.is_compiling()
     if traced_weights or not use_kernel(OP, query):

@@ -106,7 +106,7 @@ def _backward_cpu(
     p, (out, lse) = Problem(*args[:_SIZE]), args[_SIZE : _SIZE + 2]
     grads = _backward_fake(d_out, d_lse, *args)
     *heads, d_distance, d_mask = grads
-    _C.attention_backward(
+    _C.attention_backward(  # type: ignore[call-arg]
         p.for_kernel(), _rows(d_out), None if d_lse is None else d_lse.contiguous(), out, lse, *heads,
         None if p.alibi_slopes is None else d_distance,
         d_mask if args[-1] and p.mask is not None else None,
@@ -188,7 +188,7 @@ class AttentionFunction(torch.autograd.Function):
                 grad_outputs.append(d_weights)
             grads = reference_backward(
                 lambda *inputs: _run_reference(p, ctx.weights, keep, *inputs),
-                p[:DIFFERENTIABLE],
+                tensors[:DIFFERENTIABLE],
                 grad_outputs,
             )
             return (*grads, *rest)
