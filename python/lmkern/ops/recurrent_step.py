@@ -193,7 +193,7 @@ def plain_step(
 ) -> Any:
     """(h', c') for the LSTM, h' for others; None where the usual way must be taken.
 
-    As a ``layer``, x [1, B, I] is a sequence of one step, and the result is (y [1, B, H], h', c' or None).
+    As a ``layer``, x [1, B, I] is a sequence of one step; the result is (y [1, B, H], h', c' or None).
     """
     if (
         x.__class__ not in _PLAIN
