@@ -19,6 +19,7 @@ import torch
 import harness
 import lmkern
 
+COMPILED = ("compile", "flex")  # peers that take a compiler, and its time
 ROWS: list[dict[str, Any]] = []
 
 
@@ -26,7 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lmkern benchmarks")
     group.addoption("--seconds", type=float, default=2.0, help="time for each case")
     group.addoption(
-        "--no-compile", action="store_true", help="leave torch.compile out of the peers"
+        "--no-compile",
+        action="store_true",
+        help="leave torch.compile and FlexAttention out of the peers",
     )
     group.addoption(
         "--table",
@@ -69,7 +72,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest):
 
     def run(case: harness.Case) -> None:
         if without_compile:
-            case.peers.pop("compile", None)
+            for peer in COMPILED:
+                case.peers.pop(peer, None)
         row = harness.measure(case, request.config.getoption("--seconds"))
         ROWS.append(row)
         benchmark.extra_info.update(row)
@@ -131,7 +135,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     out("")
     out(f"lmkern {info['lmkern']} ({info['isa']}), torch {info['torch']}, {cpu_name()}")
     out("ratio: the best peer's time / ours (above 1 we are faster), median of interleaved rounds")
-    out("of ceiling: our rate / the FMA or copy rate measured beside the case")
+    out("of ceiling: our rate / the FMA, copy or read rate measured beside the case")
     out("")
     out(f"{'case':<54} thr {'ms':>9} {'ratio':>6}  {'best peer':<9} {'rate':>12} of ceiling")
     for row in ROWS:

@@ -5,7 +5,7 @@ These are the rules, because machines drift by a factor of two within minutes:
 - correctness is checked before anything is timed;
 - in each round every contender runs once, in rotating order; the ratio of a peer is the median over
   rounds of its time divided by ours in the same round, and the *best* peer counts;
-- the ceiling (FMA rate or copy bandwidth) is measured right beside the case.
+- the ceiling (FMA rate, copy or read bandwidth) is measured right beside the case.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ Run = Callable[[], Any]
 class Case:
     """One row of the table. ``flops`` or ``bytes``: the work done, whichever bounds it.
 
+    ``reads``: the bytes are all but only read, so that a copy's rate is no ceiling.
     ``topic``: the group in the summary; without it, the part of the name before the sizes.
     """
 
@@ -39,6 +40,7 @@ class Case:
     bytes: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
     topic: str = ""
+    reads: bool = False
 
     def __post_init__(self) -> None:
         self.topic = self.topic or re.split(r" [\w,]+=", self.name, maxsplit=1)[0]
@@ -57,6 +59,21 @@ def copy_ceiling(megabytes: int = 64) -> float:
     return 2 * source.numel() * 4 / best
 
 
+def read_ceiling(size: float) -> float:
+    """Bytes/s of MKL's dot product and matrix-vector product, the faster, reading ``size`` bytes.
+
+    They read as many as the case, over and over: where those fit a cache, so do the case's.
+    """
+    buffer = torch.ones(2, max(1, int(size) // 8192), 1024)
+    vector = torch.ones(1024)
+    runs = (
+        lambda: torch.dot(buffer[0].view(-1), buffer[1].view(-1)),
+        lambda: torch.mv(buffer.view(-1, 1024), vector),
+    )
+    best = min(_timed(run) for _ in range(10) for run in runs)
+    return buffer.numel() * 4 / best
+
+
 def _timed(run: Run) -> float:
     start = time.perf_counter()
     run()
@@ -73,7 +90,10 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         run()
     slowest = sum(_timed(run) for run in contenders.values())
     rounds = int(min(200, max(5, seconds / slowest)))
-    ceiling = fma_ceiling(torch.get_num_threads()) if case.flops else copy_ceiling()
+    if case.flops:
+        ceiling = fma_ceiling(torch.get_num_threads())
+    else:
+        ceiling = read_ceiling(case.bytes) if case.reads else copy_ceiling()
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:

@@ -172,15 +172,14 @@ struct DecodePass {
       for (std::int64_t c = 0; c < chunks; ++c)
         highest = parts[c].highest[r] > highest ? parts[c].highest[r] : highest;
       for (std::int64_t d = 0; d < padded; d += kLane) store(sums + d, V{});
-      if (highest != hidden) {
-        if (sink != hidden) total = exp(sink - highest);
-        for (std::int64_t c = 0; c < chunks; ++c) {
-          if (parts[c].sum[r] == 0) continue;
-          const T weight = exp(parts[c].highest[r] - highest);
-          total += weight * parts[c].sum[r];
-          for (std::int64_t d = 0; d < padded; d += kLane)
-            store(sums + d, load(sums + d) + load(parts[c].out + r * padded + d) * weight);
-        }
+      const T shift = highest == hidden ? T(0) : highest;
+      if (sink != hidden) total = exp(sink - shift);
+      for (std::int64_t c = 0; c < chunks; ++c) {
+        if (parts[c].sum[r] == 0) continue;
+        const T weight = exp(parts[c].highest[r] - shift);  // times NaN it is NaN, even if it is 0
+        total += weight * parts[c].sum[r];
+        for (std::int64_t d = 0; d < padded; d += kLane)
+          store(sums + d, load(sums + d) + load(parts[c].out + r * padded + d) * weight);
       }
       const T inverse = total == 0 ? T(0) : 1 / total;
       S* const out = HeadRows<S>(a.out, s.batch, h, s.first_query).row(query);

@@ -27,6 +27,8 @@
 // Numerics   online softmax, accumulation in float (double for float64); no L x S array is stored.
 //            A query that sees no key gives zeros, lse = -inf (or the sink) and zero gradients. Same
 //            bits for any thread count.
+//            P = e^(s - lse) loses log(keys) where a mask puts all of a row beyond 1e4 or so: such rows
+//            are right in `out`, not in the weights and gradients (as in torch's fused kernels).
 // Source     Dao et al. 2022, FlashAttention (Algorithm 1 and 4); Dao 2023; Milakov & Gimelshein
 //            2018; Salmon et al. 2011 (Philox 4x32-10).
 #pragma once

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lmkern.ops.attention import FARTHEST
 from lmkern.ops.check import check_dtype, check_shape, check_tensors
+from lmkern.ops.library import accumulate_dtype
 
 OP = "scaled_dot_product_attention"
 
@@ -89,6 +91,7 @@ def check_mask(mask: Tensor, dtype: torch.dtype, e: Extents) -> Tensor:
             raise TypeError(f"{OP}: attn_mask must be bool or floating, got {mask.dtype}")
         if mask.dtype != dtype:
             # A large finite value stays finite in a narrower dtype: only -inf hides a key.
+            mask = mask.to(torch.promote_types(mask.dtype, accumulate_dtype(dtype)))
             finite = mask.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
             mask = torch.where(mask.isinf(), mask, finite).to(dtype)
     target = (*e.lead, e.heads, e.queries, e.keys) if e.dims > 2 else (e.queries, e.keys)
@@ -117,7 +120,7 @@ def check_window(window: Any, is_causal: bool) -> tuple[int, int]:
             raise ValueError(
                 f"{OP}: window must be (left, right), each None, -1 or a distance >= 0, got {window}"
             )
-        left, right = (-1 if w is None else int(w) for w in sides)
+        left, right = (-1 if w is None else min(int(w), FARTHEST) for w in sides)
     return left, 0 if is_causal else right
 
 

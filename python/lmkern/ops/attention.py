@@ -24,8 +24,8 @@ _PROBLEM = (
     "int window_left, int window_right, bool bottom_right, float dropout_p"
 )
 DIFFERENTIABLE = 6  # the first members have gradients
+FARTHEST = 1 << 30  # beyond any length: a window of it is as good as unbounded
 _SIZE = 16
-_FARTHEST = 1 << 30  # beyond any length: as good as unbounded
 
 
 class Problem(NamedTuple):
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
         slopes, sinks = (None if x is None else x.contiguous() for x in self[4:6])
         return (
             q, k, v, mask, slopes, sinks, key_lengths, cu_q, cu_k, self.scale, self.softcap,
-            min(self.window_left, _FARTHEST), min(self.window_right, _FARTHEST), self.bottom_right,
+            min(self.window_left, FARTHEST), min(self.window_right, FARTHEST), self.bottom_right,
             self.dropout_p, 0 if self.seed is None else int(self.seed),
         )  # fmt: skip
 
@@ -115,7 +115,7 @@ def _backward_cpu(
     d_q, d_k, d_v, d_distance, d_mask = grads
     _C.attention_backward(
         p.for_kernel(), _rows(d_out), None if d_lse is None else d_lse.contiguous(), out, lse, d_q,
-        d_k, d_v,        None if p.alibi_slopes is None else d_distance,
+        d_k, d_v, None if p.alibi_slopes is None else d_distance,
         d_mask if args[-1] and p.mask is not None else None,
     )  # fmt: skip
     return grads
@@ -228,7 +228,7 @@ class AttentionFunction(torch.autograd.Function):
         if torch.is_grad_enabled() or d_weights is not None:
             keep = None
             if p.dropout_p > 0:
-                keep = torch.ops.lmkern.attention_weights(*p, lse, False, True)
+                keep = _exact_keep(p, torch.ops.lmkern.attention_weights(*p, lse, False, True))
             grad_outputs = [d_out, d_lse]
             if ctx.weights is not None:
                 grad_outputs.append(d_weights)
@@ -257,6 +257,13 @@ class AttentionFunction(torch.autograd.Function):
             d_q, d_k, d_v, d_mask.to(p.mask.dtype) if need[3] and p.mask is not None else None,
             d_slopes, d_sinks, *rest,
         )  # fmt: skip
+
+
+def _exact_keep(p: Problem, keep: Tensor) -> Tensor:
+    """What dropout multiplies the weights with, not rounded to the dtype of the heads."""
+    dropped = int(p.dropout_p * 65536 + 0.5)
+    factor = 65536 / (65536 - dropped) if dropped < 65536 else 0.0
+    return (keep > 0).to(accumulate_dtype(p.q.dtype)) * factor
 
 
 def _sum_queries(p: Problem, x: Tensor) -> Tensor:
