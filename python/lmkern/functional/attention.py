@@ -27,6 +27,7 @@ from lmkern.ops.attention import (
     Problem,
     attention_weights,
     plain_attention,
+    transformed_attention,
 )
 from lmkern.ops.check import check_tensors
 from lmkern.ops.library import accumulate_dtype, autocast, needs_grad, use_kernel
@@ -176,7 +177,9 @@ def scaled_dot_product_attention(
     training = needs_grad(q, k, v, mask, slopes, sinks)
     # Dynamo traces a gradient of the weights, wanted or not, and that one is not the kernel's.
     traced_weights = return_weights is not None and training and torch.compiler.is_compiling()
-    if traced_weights or not use_kernel(OP, query):
+    # Under vmap dropout draws for each element or once: torch's operator knows.
+    transforms = return_weights is None and seed is None
+    if traced_weights or not use_kernel(OP, query, transforms=transforms):
         results = reference.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, scale=factor, enable_gqa=e.heads != e.key_heads,
             window=(left, right), softcap=softcap, alibi_slopes=slopes, sinks=sinks,
@@ -185,6 +188,8 @@ def scaled_dot_product_attention(
         )  # fmt: skip
         out, lse, *rest = results
         weights = rest[0] if rest else None
+    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        out, lse = transformed_attention(problem)
     elif training:
         # torch.compile refuses one tensor in two places of an autograd Function.
         k = k.view_as(k) if k is q else k

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmkern import _C, reference
+from lmkern.ops.attention_transforms import AttentionTransform, vmap_backward, vmap_forward
 from lmkern.ops.library import (
     KERNEL_DTYPES,
     accumulate_dtype,
@@ -16,6 +18,7 @@ from lmkern.ops.library import (
     is_plain_eager,
     needs_grad,
     reference_backward,
+    register_vmap,
 )
 
 _PROBLEM = (
@@ -114,8 +117,8 @@ def _backward_cpu(
     grads = _backward_fake(d_out, d_lse, *args)
     d_q, d_k, d_v, d_distance, d_mask = grads
     _C.attention_backward(
-        p.for_kernel(), _rows(d_out), None if d_lse is None else d_lse.contiguous(), out, lse, d_q,
-        d_k, d_v, None if p.alibi_slopes is None else d_distance,
+        p.for_kernel(), _rows(d_out), None if d_lse is None else d_lse.contiguous(), _rows(out),
+        lse.contiguous(), d_q, d_k, d_v, None if p.alibi_slopes is None else d_distance,
         d_mask if args[-1] and p.mask is not None else None,
     )  # fmt: skip
     return grads
@@ -129,7 +132,9 @@ def _weights_fake(*args: Any) -> Tensor:
 
 def _weights_cpu(*args: Any) -> Tensor:
     weights = _weights_fake(*args)
-    _C.attention_weights(Problem(*args[:_SIZE]).for_kernel(), args[_SIZE], weights, args[-1])
+    _C.attention_weights(
+        Problem(*args[:_SIZE]).for_kernel(), args[_SIZE].contiguous(), weights, args[-1]
+    )
     return weights
 
 
@@ -238,25 +243,33 @@ class AttentionFunction(torch.autograd.Function):
                 grad_outputs,
             )
             return (*grads, *rest)
-        if d_out is None:
-            d_out = torch.zeros_like(out)
         need = ctx.needs_input_grad[:DIFFERENTIABLE]
-        d_q, d_k, d_v, d_distance, d_mask = torch.ops.lmkern.attention_backward(
-            d_out, d_lse, *p, out, lse, need[3]
-        )
-        d_slopes = d_sinks = None
-        if need[4]:
-            d_slopes = _sum_queries(p, d_distance).neg_()
-        if need[5] and p.sinks is not None:
-            delta = (d_out * out).sum(-1, dtype=lse.dtype)
-            delta = delta if d_lse is None else delta - d_lse
-            share = torch.where(p.sinks[:, None] == -math.inf, 0.0, p.sinks[:, None] - lse).exp()
-            share = torch.where(p.sinks[:, None] == -math.inf, 0.0, share)
-            d_sinks = (share * delta).sum((0, 2)).neg_()
-        return (
-            d_q, d_k, d_v, d_mask.to(p.mask.dtype) if need[3] and p.mask is not None else None,
-            d_slopes, d_sinks, *rest,
-        )  # fmt: skip
+        return (*attention_gradient(p, d_out, d_lse, out, lse, need), *rest)
+
+
+def attention_gradient(
+    problem: Any, d_out: Tensor | None, d_lse: Tensor | None, out: Tensor, lse: Tensor, need: Any
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the differentiable members, None where ``need`` says that none is wanted."""
+    p = Problem(*problem)
+    if d_out is None:
+        d_out = torch.zeros_like(out)
+    d_q, d_k, d_v, d_distance, d_mask = torch.ops.lmkern.attention_backward(
+        d_out, d_lse, *p, out, lse, need[3]
+    )
+    d_slopes = d_sinks = None
+    if need[4]:
+        d_slopes = _sum_queries(p, d_distance).neg()
+    if need[5] and p.sinks is not None:
+        delta = (d_out * out).sum(-1, dtype=lse.dtype)
+        delta = delta if d_lse is None else delta - d_lse
+        none = p.sinks[:, None] == -math.inf
+        share = torch.where(none, -math.inf, p.sinks[:, None] - lse).exp()
+        d_sinks = (share * delta).sum((0, 2)).neg()
+    return (
+        d_q, d_k, d_v, d_mask.to(p.mask.dtype) if need[3] and p.mask is not None else None,
+        d_slopes, d_sinks,
+    )  # fmt: skip
 
 
 def _exact_keep(p: Problem, keep: Tensor) -> Tensor:
@@ -272,6 +285,21 @@ def _sum_queries(p: Problem, x: Tensor) -> Tensor:
         return x.sum(2)
     sequence = torch.repeat_interleave(p.cu_q.diff().to(torch.int64))
     return x.new_zeros(p.cu_q.shape[0] - 1, x.shape[1]).index_add_(0, sequence, x[0].t())
+
+
+def transformed_attention(p: Problem) -> tuple[Tensor, Tensor]:
+    """(out, lse) inside of a torch.func transform."""
+    if torch.is_grad_enabled():  # a wrapped tensor does not say whether it needs a gradient
+        return AttentionTransform.apply(_reference_of, attention_gradient, *p)
+    return torch.ops.lmkern.attention_forward(*p)
+
+
+def _reference_of(problem: Any) -> Any:
+    return functools.partial(_run_reference, Problem(*problem), None, None)
+
+
+register_vmap("attention_forward", vmap_forward)
+register_vmap("attention_backward", vmap_backward)
 
 
 def attention_weights(p: Problem, lse: Tensor, weights: str) -> Tensor:

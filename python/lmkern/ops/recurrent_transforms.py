@@ -14,25 +14,9 @@ import torch
 from torch import Tensor
 
 from lmkern.ops.recurrent_cpu import DIFFERENTIABLE, Inputs
+from lmkern.ops.transforms import differentiate_gradient, one_by_one
 
 Reference = Callable[..., tuple[Tensor, ...]]
-
-
-def _slices(info: Any, in_dims: Any, args: Any) -> list[list[Any]]:
-    """The arguments of each element of the mapped batch."""
-
-    def at(element: int, arg: Any, dim: Any) -> Any:
-        return arg.select(dim, element) if isinstance(dim, int) else arg
-
-    return [
-        [at(n, a, d) for a, d in zip(args, in_dims, strict=True)] for n in range(info.batch_size)
-    ]
-
-
-def _one_by_one(op: Any, info: Any, in_dims: Any, args: Any) -> tuple[Any, Any]:
-    results = [op(*each) for each in _slices(info, in_dims, args)]
-    outputs = tuple(torch.stack(column) for column in zip(*results, strict=True))
-    return outputs, (0,) * len(outputs)
 
 
 def vmap_forward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
@@ -50,7 +34,7 @@ def vmap_forward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     }
     mapped = {name for name, dim in dims._asdict().items() if dim is not None}
     if save or i.lengths is not None or i.batch_sizes is not None or not mapped <= of_batch.keys():
-        return _one_by_one(op, info, in_dims, args)
+        return one_by_one(op, info, in_dims, args)
 
     def widen(name: str, tensor: Tensor | None) -> Tensor | None:
         """[.., B, ..] of each element side by side: [.., V * B, ..]."""
@@ -77,7 +61,7 @@ def vmap_forward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
 
 def vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     # `need` is a list, which in_dims flattens or leaves as one entry; it is never mapped.
-    return _one_by_one(
+    return one_by_one(
         torch.ops.lmkern.recurrent_backward, info, (*in_dims[: len(args) - 1], None), args
     )
 
@@ -139,37 +123,14 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any):  # type: ignore[override]
         d_outputs, inputs = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        run = functools.partial(ctx.reference, ctx.options, ctx.want_cells)
         wanted = [n for n, need in enumerate(ctx.need) if need]
-        cotangents = [n for n, d in enumerate(d_outputs) if d is not None]
-
-        def gradient(*leaves: Tensor) -> tuple[Tensor, ...]:
-            def outputs(*some: Tensor) -> tuple[Tensor, ...]:
-                full = list(inputs)
-                for n, value in zip(wanted, some, strict=True):
-                    full[n] = value
-                return run(*full)
-
-            pulled: Any = torch.func.vjp(outputs, *leaves[: len(wanted)])
-            values, pull_back = pulled
-            given = dict(zip(cotangents, leaves[len(wanted) :], strict=True))
-            slots = [0, 1] + [2] * (ctx.options[0] == 0) + [3] * bool(ctx.want_cells)
-            return pull_back(
-                tuple(
-                    given.get(slot, torch.zeros_like(v))
-                    for slot, v in zip(slots, values, strict=True)
-                )
-            )
-
-        leaves = [inputs[n] for n in wanted] + [d_outputs[n] for n in cotangents]
-        pulled: Any = torch.func.vjp(gradient, *leaves)
-        _, pull_back = pulled
-        result = pull_back(tuple(grads[n] for n in wanted))
-        d_inputs: list[Tensor | None] = [None] * 18
+        slots = [0, 1] + [2] * (ctx.options[0] == 0) + [3] * bool(ctx.want_cells)
+        d_inputs, found = differentiate_gradient(
+            functools.partial(ctx.reference, ctx.options, ctx.want_cells), inputs,
+            [d_outputs[slot] for slot in slots], wanted, [grads[n] for n in wanted],
+        )  # fmt: skip
         d_cotangents: list[Tensor | None] = [None] * 4
-        for n, value in zip(wanted, result[: len(wanted)], strict=True):
-            d_inputs[n] = value
-        for n, value in zip(cotangents, result[len(wanted) :], strict=True):
-            d_cotangents[n] = value
+        for slot, value in zip(slots, found, strict=True):
+            d_cotangents[slot] = value
         kept = len(ctx.needs_input_grad) - 4 - 4 - 18
         return (None,) * 4 + tuple(d_cotangents) + tuple(d_inputs) + (None,) * kept
