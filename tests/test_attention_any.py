@@ -91,7 +91,8 @@ def check(data):
     # that is broadcast, of a slope, whose terms are multiplied with distances. Small mistakes in 16
     # bits are found elsewhere.
     (B, H, L, _), (S, Dv) = inputs[0].shape, inputs[2].shape[2:]
-    least = 0.1 * math.sqrt(B * H * L * Dv) * max(1, L / 16, S / 16)
+    longest = max(L, S) if dtype.itemsize == 2 else max(1, L / 16, S / 16)
+    least = 0.1 * math.sqrt(B * H * L * Dv) * longest
     before = _C.isa()
     _C.set_isa(data.draw(st.sampled_from(_C.supported_isas()), "isa"))
     try:
