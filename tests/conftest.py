@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
 import torch
+from hypothesis import settings
 
 import lmkern
 from lmkern import _C
-
 
 # The same examples on every run: a change is judged by itself, not by luck.
 settings.register_profile("same", derandomize=True)
