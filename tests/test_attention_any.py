@@ -109,7 +109,7 @@ def test_any(data):
 
 
 @pytest.mark.long
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_many(data):
     check(data)
