@@ -157,6 +157,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     call(lmkern::embedding_backward, {d_out, indices, d_weight, padding_idx, scale_grad_by_freq});
   });
 
+  m.def("rotary_embedding", [](TensorView q, TensorView k, TensorView cos, TensorView sin,
+                               TensorView q_out, TensorView k_out, bool interleaved, bool inverse) {
+    call(lmkern::rotary_embedding, {q, k, cos, sin, q_out, k_out, interleaved, inverse});
+  });
+
   m.def("matmul", [](TensorView a, TensorView b, TensorView bias, TensorView out, bool transpose_a,
                      bool transpose_b, bool accumulate) {
     py::gil_scoped_release released;

@@ -8,6 +8,7 @@
 #include "ops/embedding.h"
 #include "ops/matmul.h"
 #include "ops/recurrent.h"
+#include "ops/rotary.h"
 #include "ops/vec_math.h"
 
 namespace lmkern::cpu {
@@ -23,6 +24,7 @@ struct Kernels {
   void (*recurrent_backward)(const RecurrentBackwardArgs&);
   void (*recurrent_step)(const RecurrentStepArgs&);
   void (*recurrent_step_backward)(const RecurrentStepBackwardArgs&);
+  void (*rotary_embedding)(const RotaryArgs&);
   bool (*matmul)(const MatmulArgs&);
   void (*vec_math)(const VecMathArgs&);
   double (*peak_flops)(int threads, std::int64_t iterations);  // float32 FLOP per second

@@ -13,6 +13,7 @@ void recurrent_forward(const RecurrentForwardArgs& args);
 void recurrent_backward(const RecurrentBackwardArgs& args);
 void recurrent_step(const RecurrentStepArgs& args);
 void recurrent_step_backward(const RecurrentStepBackwardArgs& args);
+void rotary_embedding(const RotaryArgs& args);
 bool matmul(const MatmulArgs& args);
 void vec_math(const VecMathArgs& args);
 double peak_flops(int threads, std::int64_t iterations);

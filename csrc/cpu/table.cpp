@@ -18,6 +18,7 @@ const Kernels table = {
     .recurrent_backward = recurrent_backward,
     .recurrent_step = recurrent_step,
     .recurrent_step_backward = recurrent_step_backward,
+    .rotary_embedding = rotary_embedding,
     .matmul = matmul,
     .vec_math = vec_math,
     .peak_flops = peak_flops,

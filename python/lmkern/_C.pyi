@@ -132,6 +132,16 @@ def embedding_forward(weight: Tensor, indices: Tensor, out: Tensor) -> None: ...
 def embedding_backward(
     d_out: Tensor, indices: Tensor, d_weight: Tensor, padding_idx: int, scale_grad_by_freq: bool
 ) -> None: ...
+def rotary_embedding(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    q_out: Tensor,
+    k_out: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> None: ...
 def matmul(
     a: Tensor,
     b: Tensor,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from lmkern.ops.check import check_tensors
+from lmkern.ops.library import accumulate_dtype, needs_grad, use_kernel
+from lmkern.ops.rotary import RotaryFunction
 
 OP = "rotary_embedding"
 
@@ -49,8 +51,40 @@ def rotary_embedding(
                 f"{OP}: cos must be [..., L, R/2] with L = {x.shape[-2]} and R <= {x.shape[-1]} "
                 f"like {name}, got {list(cos.shape)}"
             )
-    rotated = _rotate(query, cos, sin, interleaved)
-    return rotated, None if key is None else _rotate(key, cos, sin, interleaved)
+    q, k, table_cos, table_sin = _as_heads(query), _as_heads(key), *_as_tables(query, cos, sin)
+    if (
+        q is None
+        or table_cos is None
+        or (key is not None and (k is None or k.shape[0] != q.shape[0] or key.dtype != query.dtype))
+        or needs_grad(cos, sin)
+        or not use_kernel(OP, query)
+    ):
+        rotated = _rotate(query, cos, sin, interleaved)
+        return rotated, None if key is None else _rotate(key, cos, sin, interleaved)
+    if needs_grad(query, key):
+        q, k = RotaryFunction.apply(q, k, table_cos, table_sin, interleaved, False)
+    else:
+        q, k = torch.ops.lmkern.rotary_embedding(q, k, table_cos, table_sin, interleaved, False)
+    return q.reshape(query.shape), None if key is None else k.reshape(key.shape)
+
+
+def _as_heads(x: Tensor | None) -> Tensor | None:
+    """x as [B, H, L, D]; None where that would take a copy."""
+    if x is None or x.dim() == 4:
+        return x
+    return x.unsqueeze(0) if x.dim() == 3 else x[None, None] if x.dim() == 2 else None
+
+
+def _as_tables(query: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin as [1 or B, L, R/2] in the dtype of the products; None where they differ by head."""
+    wide = accumulate_dtype(query.dtype)
+    if cos.dim() == 2:
+        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+    elif cos.dim() == query.dim() == 4 and cos.shape[1] == 1 and cos.shape[0] in (1, query.shape[0]):
+        cos, sin = cos.squeeze(1), sin.squeeze(1)
+    else:
+        return None, None
+    return cos.to(wide), sin.to(wide)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
