@@ -5,11 +5,11 @@
 // Traffic   q and out once; k and v once per block of queries, from L2 for all but the longest rows.
 //           Bound by the products: exp and rescaling are about 15 % at D = 64.
 // Limits    blocks of 4 vectors of queries, or of one where there are few queries.
+#include "ops/attention.h"
 #include "core/dispatch.h"
 #include "cpu/attention_decode.h"
 #include "cpu/attention_tile.h"
 #include "cpu/attention_tiles.h"
-#include "cpu/kernels.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {

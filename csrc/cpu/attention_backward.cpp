@@ -9,7 +9,7 @@
 #include "core/dispatch.h"
 #include "cpu/attention_mask_gradient.h"
 #include "cpu/attention_tiles.h"
-#include "cpu/kernels.h"
+#include "ops/attention.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {

@@ -5,7 +5,7 @@
 #include "core/dispatch.h"
 #include "cpu/attention_products.h"
 #include "cpu/attention_tile.h"
-#include "cpu/kernels.h"
+#include "ops/attention.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {

@@ -5,10 +5,10 @@
 // Traffic   forward N D read + N D written. Backward N D read + V D written, of which the zeros of
 //           untouched rows are nearly everything at a large V.
 // Limits    the bucketing itself is serial: 2 passes over the ids and 1 over V counters.
+#include "ops/embedding.h"
 #include "core/dispatch.h"
 #include "core/memory.h"
 #include "core/parallel.h"
-#include "cpu/kernels.h"
 #include "cpu/vec.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {

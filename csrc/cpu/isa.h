@@ -13,20 +13,27 @@
 
 namespace lmkern::cpu {
 
+// Every kernel of csrc/cpu: what it returns, its name, its arguments. Each instruction set's build
+// defines all of them in its own namespace; csrc/cpu/table.cpp collects them.
+#define LMKERN_KERNELS(KERNEL)                                     \
+  KERNEL(void, attention_forward, AttentionForwardArgs)            \
+  KERNEL(void, attention_backward, AttentionBackwardArgs)          \
+  KERNEL(void, attention_weights, AttentionWeightsArgs)            \
+  KERNEL(void, embedding_forward, EmbeddingForwardArgs)            \
+  KERNEL(void, embedding_backward, EmbeddingBackwardArgs)          \
+  KERNEL(bool, matmul, MatmulArgs)                                 \
+  KERNEL(void, recurrent_forward, RecurrentForwardArgs)            \
+  KERNEL(void, recurrent_backward, RecurrentBackwardArgs)          \
+  KERNEL(void, recurrent_step, RecurrentStepArgs)                  \
+  KERNEL(void, recurrent_step_backward, RecurrentStepBackwardArgs) \
+  KERNEL(void, rotary_embedding, RotaryArgs)                       \
+  KERNEL(void, vec_math, VecMathArgs)
+
 struct Kernels {
   const char* isa;
-  void (*attention_forward)(const AttentionForwardArgs&);
-  void (*attention_backward)(const AttentionBackwardArgs&);
-  void (*attention_weights)(const AttentionWeightsArgs&);
-  void (*embedding_forward)(const EmbeddingForwardArgs&);
-  void (*embedding_backward)(const EmbeddingBackwardArgs&);
-  void (*recurrent_forward)(const RecurrentForwardArgs&);
-  void (*recurrent_backward)(const RecurrentBackwardArgs&);
-  void (*recurrent_step)(const RecurrentStepArgs&);
-  void (*recurrent_step_backward)(const RecurrentStepBackwardArgs&);
-  void (*rotary_embedding)(const RotaryArgs&);
-  bool (*matmul)(const MatmulArgs&);
-  void (*vec_math)(const VecMathArgs&);
+#define LMKERN_MEMBER(Result, name, Args) Result (*name)(const Args&);
+  LMKERN_KERNELS(LMKERN_MEMBER)
+#undef LMKERN_MEMBER
   double (*peak_flops)(int threads, std::int64_t iterations);  // float32 FLOP per second
 };
 

@@ -6,10 +6,10 @@
 //           kBlockRows rows; out once for each kChunk of depth. Bound by the tile products, but for
 //           N < 100 by splitting a (as much work as 50 columns) and reading it.
 // Limits    at M < 100 packing b takes as long as multiplying it.
+#include "ops/matmul.h"
 #include "core/memory.h"
 #include "core/parallel.h"
 #include "cpu/amx.h"
-#include "cpu/kernels.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 

@@ -3,7 +3,6 @@
 #include <omp.h>
 
 #include "core/parallel.h"
-#include "cpu/kernels.h"
 #include "cpu/vec.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {

@@ -17,8 +17,8 @@
 #include <stdexcept>
 
 #include "core/dispatch.h"
-#include "cpu/kernels.h"
 #include "cpu/recurrent.h"
+#include "ops/recurrent.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {

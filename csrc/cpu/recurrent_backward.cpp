@@ -15,8 +15,8 @@
 //   projection  product of d_h with W_hr
 //   rows        under norm: statistics over a whole row, then the cell
 #include "core/dispatch.h"
-#include "cpu/kernels.h"
 #include "cpu/recurrent.h"
+#include "ops/recurrent.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {

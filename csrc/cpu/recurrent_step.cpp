@@ -11,8 +11,8 @@
 #include "core/memory.h"
 #include "cpu/dot.h"
 #include "cpu/gemm.h"
-#include "cpu/kernels.h"
 #include "cpu/recurrent.h"
+#include "ops/recurrent.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {

@@ -3,9 +3,9 @@
 // Parallel  threads own positions: cos and sin of one serve all of its heads.
 // Traffic   q and k in, their turned selves out: the bound.
 // Limits    none.
+#include "ops/rotary.h"
 #include "core/dispatch.h"
 #include "core/parallel.h"
-#include "cpu/kernels.h"
 #include "cpu/vec.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {

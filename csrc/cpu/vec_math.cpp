@@ -1,7 +1,7 @@
 #include "cpu/vec_math.h"
 
 #include "core/dispatch.h"
-#include "cpu/kernels.h"
+#include "ops/vec_math.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {
