@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ops/attention.h"
+#include "ops/cross_entropy.h"
 #include "ops/embedding.h"
 #include "ops/matmul.h"
 #include "ops/recurrent.h"
@@ -19,6 +20,8 @@ namespace lmkern::cpu {
   KERNEL(void, attention_forward, AttentionForwardArgs)            \
   KERNEL(void, attention_backward, AttentionBackwardArgs)          \
   KERNEL(void, attention_weights, AttentionWeightsArgs)            \
+  KERNEL(void, cross_entropy_forward, CrossEntropyForwardArgs)     \
+  KERNEL(void, cross_entropy_backward, CrossEntropyBackwardArgs)   \
   KERNEL(void, embedding_forward, EmbeddingForwardArgs)            \
   KERNEL(void, embedding_backward, EmbeddingBackwardArgs)          \
   KERNEL(bool, matmul, MatmulArgs)                                 \

@@ -132,6 +132,37 @@ def embedding_forward(weight: Tensor, indices: Tensor, out: Tensor) -> None: ...
 def embedding_backward(
     d_out: Tensor, indices: Tensor, d_weight: Tensor, padding_idx: int, scale_grad_by_freq: bool
 ) -> None: ...
+def cross_entropy_forward(
+    logits: Tensor,
+    index: Tensor | None,
+    probabilities: Tensor | None,
+    weight: Tensor | None,
+    first: int,
+    classes: int,
+    ignore_index: int,
+    softcap: float,
+    maximum: Tensor,
+    sum: Tensor,
+    picked: Tensor,
+    mass: Tensor | None,
+    total: Tensor | None,
+) -> None: ...
+def cross_entropy_backward(
+    logits: Tensor,
+    index: Tensor | None,
+    probabilities: Tensor | None,
+    weight: Tensor | None,
+    first: int,
+    classes: int,
+    ignore_index: int,
+    softcap: float,
+    maximum: Tensor,
+    log_sum: Tensor,
+    d_lse: Tensor,
+    d_picked: Tensor,
+    d_total: Tensor | None,
+    d_logits: Tensor,
+) -> None: ...
 def rotary_embedding(
     q: Tensor,
     k: Tensor | None,

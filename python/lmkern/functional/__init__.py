@@ -9,15 +9,20 @@ expected and what came; nothing has been computed then.
 """
 
 from lmkern.functional._embedding import embedding
+from lmkern.functional._linear import linear
 from lmkern.functional.attention import scaled_dot_product_attention
+from lmkern.functional.loss import cross_entropy, linear_cross_entropy
 from lmkern.functional.position import rotary_embedding
 from lmkern.functional.recurrent import gru, lstm, rnn
 from lmkern.functional.recurrent_cell import gru_cell, lstm_cell, rnn_cell
 
 __all__ = [
+    "cross_entropy",
     "embedding",
     "gru",
     "gru_cell",
+    "linear",
+    "linear_cross_entropy",
     "lstm",
     "lstm_cell",
     "rnn",

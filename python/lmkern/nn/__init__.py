@@ -1,8 +1,11 @@
 """Layers with exactly torch's constructor arguments, ``state_dict`` and initialisation."""
 
+from lmkern.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss
 from lmkern.nn.attention import MultiheadAttention
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.kv_cache import KVCache
+from lmkern.nn.linear import Linear
+from lmkern.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from lmkern.nn.position import (
     LearnedPosition,
     RotaryPosition,
@@ -20,11 +23,15 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdaptiveLogSoftmaxWithLoss",
+    "CrossEntropyLoss",
     "Embedding",
     "GRUCell",
     "KVCache",
     "LSTMCell",
     "LearnedPosition",
+    "Linear",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RNNBase",
     "RNNCell",
