@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from lm_helpers import BACKENDS, FAMILIES, VOCAB, tiny_model
@@ -232,3 +233,13 @@ def test_unknown_backend_is_refused():
         tiny_model("gpt", "numpy")
     with pytest.raises(ValueError, match="backend"):
         tiny_model("lstm", "numpy")
+
+
+@each_family
+@each_backend
+def test_targets_give_the_summed_loss(family, backend):
+    model, targets = tiny_model(family, backend).eval(), ids(3, 12, seed=1)
+    targets[1, 2:] = -100
+    logits = model(ids(3, 12))[0]
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(model(ids(3, 12), targets=targets)[0], expected)

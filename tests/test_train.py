@@ -211,7 +211,10 @@ def test_bfloat16(family, backend, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     model = tiny_model(family, backend)
     computed = set()
-    model.head.register_forward_hook(lambda module, args, output: computed.add(output.dtype))
+    layer = model.blocks[0].mlp.out if family == "gpt" else model.layers[0]
+    layer.register_forward_hook(
+        lambda module, args, y: computed.add((y[0] if isinstance(y, tuple) else y).dtype)
+    )
     config = tiny_config(mixed_precision="bf16", max_steps=40, learning_rate=0.005)
     result = Trainer(model, tiny_data(), config, tmp_path / "bf16", quiet=True).fit()
     assert computed == {torch.bfloat16}

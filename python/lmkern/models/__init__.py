@@ -1,6 +1,7 @@
 """Complete language models: one readable file per family.
 
-Common call form: `model(input_ids [B,T] int64, state=None) -> (logits [B,T,V], state)`.
+Common call form: `model(input_ids [B,T] int64, state=None) -> (logits [B,T,V], state)`;
+with `targets` [B,T] -> (summed loss, state).
 """
 
 from .gpt import GPT, GPTConfig, KVCache

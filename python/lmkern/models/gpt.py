@@ -6,7 +6,6 @@ Source: Radford et al. 2019 (GPT-2); sizes, names of options and initialisation 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ import lmkern.functional
 import lmkern.nn
 from lmkern.nn import KVCache
 
+from .head import Head
 from .pretrained import (
     Backend,
     LanguageModel,
@@ -85,13 +85,19 @@ def _torch_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
 class Attention(nn.Module):
     """Causal self-attention over [B, T, n_embd]."""
 
-    def __init__(self, config: GPTConfig, sdpa: Callable[..., Tensor]) -> None:
+    def __init__(self, config: GPTConfig, layers: Any) -> None:
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.sdpa = sdpa
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.sdpa: Any = _torch_attention
+        if layers is lmkern.nn:
+            self.sdpa = partial(
+                lmkern.functional.scaled_dot_product_attention,
+                is_causal=True,
+                causal_align="bottom_right",
+            )
+        self.qkv = layers.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.out = layers.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.out_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
@@ -110,10 +116,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a GELU between, 4 times as wide inside."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layers: Any) -> None:
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.out = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.up = layers.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.out = layers.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,12 +129,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: GPTConfig, sdpa: Callable[..., Tensor]) -> None:
+    def __init__(self, config: GPTConfig, layers: Any) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attention = Attention(config, sdpa)
+        self.attention = Attention(config, layers)
         self.mlp_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layers)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cache, layer)
@@ -149,22 +155,14 @@ class GPT(LanguageModel):
     def __init__(self, config: GPTConfig, backend: Backend = "lmkern") -> None:
         super().__init__()
         check_backend(backend)
-        embedding: Any = nn.Embedding
-        sdpa: Callable[..., Tensor] = _torch_attention
-        if backend == "lmkern":
-            embedding = lmkern.nn.Embedding
-            sdpa = partial(
-                lmkern.functional.scaled_dot_product_attention,
-                is_causal=True,
-                causal_align="bottom_right",
-            )
+        layers: Any = lmkern.nn if backend == "lmkern" else nn
         self.config = config
-        self.token_embedding = embedding(config.vocab_size, config.n_embd)
+        self.token_embedding = layers.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Parameter(torch.empty(config.block_size, config.n_embd))
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, sdpa) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Head(config.n_embd, config.vocab_size, bias=False, backend=backend)
         self.head.weight = self.token_embedding.weight
         self._init_parameters()
 
@@ -197,17 +195,18 @@ class GPT(LanguageModel):
         )
 
     def forward(
-        self, input_ids: Tensor, state: KVCache | None = None
+        self, input_ids: Tensor, state: KVCache | None = None, *, targets: Tensor | None = None
     ) -> tuple[Tensor, KVCache | None]:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position, or their loss.
 
         Args:
             input_ids: [B, T] int64.
             state: None (training: attend within `input_ids` only), or a cache from `init_state`,
                 to which the new keys and values are appended in place (inference only).
+            targets: [B, T] int64; -100 counts for nothing.
 
         Returns:
-            logits [B, T, vocab_size] and `state`.
+            logits [B, T, vocab_size], with `targets` the sum of their cross entropies; and `state`.
 
         Raises:
             ValueError, TypeError, IndexError: input_ids of wrong shape, dtype or range, or more
@@ -227,4 +226,4 @@ class GPT(LanguageModel):
         x = self.dropout(self.token_embedding(input_ids) + positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, state, layer)
-        return self.head(self.norm(x)), state
+        return self.head(self.norm(x), targets), state

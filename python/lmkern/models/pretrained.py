@@ -23,6 +23,9 @@ _REGISTRY: dict[str, type[LanguageModel]] = {}
 class LanguageModel(nn.Module):
     """Base of all models here: `model(input_ids [B,T], state=None) -> (logits [B,T,V], state)`.
 
+    With `targets` [B,T] the first result is the sum of their cross entropies, float32, and the
+    logits need not exist.
+
     A subclass states `model_type` (its name in config.json), `config_class` (a dataclass with a
     `vocab_size`), `carries_state` (whether training hands the state on from batch to batch),
     and takes `(config, backend="lmkern")` in its constructor. One with `has_penalty` is called with

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .head import Head
 from .pretrained import (
     Backend,
     LanguageModel,
@@ -140,7 +141,7 @@ class RecurrentLM(LanguageModel):
             )
             for inputs, size in zip(below, config.layer_sizes, strict=False)
         )
-        self.head = nn.Linear(below[-1], config.vocab_size)
+        self.head = Head(below[-1], config.vocab_size, backend=backend)
         if config.tie_weights:
             # As an embedding, torch's N(0, 1) learns fastest; as a head, it starts far too large.
             nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
@@ -161,17 +162,23 @@ class RecurrentLM(LanguageModel):
         return tuple(weight.new_zeros(batch_size, size) for size in sizes)
 
     def forward(
-        self, input_ids: Tensor, state: State | None = None, *, return_penalty: bool = False
+        self,
+        input_ids: Tensor,
+        state: State | None = None,
+        *,
+        targets: Tensor | None = None,
+        return_penalty: bool = False,
     ) -> Any:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position, or their loss.
 
         Args:
             input_ids: [B, T] int64.
             state: from the tokens before, laid out as `init_state` does; None: zeros.
+            targets: [B, T] int64; -100 counts for nothing.
             return_penalty: also return what activation_reg and temporal_reg add to the loss.
 
         Returns:
-            logits [B, T, vocab_size] and the state after the last token, still attached to the
+            logits [B, T, vocab_size], with `targets` the sum of their cross entropies; the state after the last token, still attached to the
             graph (detach it for truncated back-propagation); with `return_penalty` a scalar too.
 
         Raises:
@@ -193,10 +200,10 @@ class RecurrentLM(LanguageModel):
             x, last = layer(x, None if state is None else state[parts * i : parts * (i + 1)])
             states += last
         dropped = self._drop(x, "output")  # [T, B, H]
-        logits = self.head(dropped.transpose(0, 1))
+        result = self.head(dropped.transpose(0, 1), targets)
         if return_penalty:
-            return logits, tuple(states), self._penalty(x, dropped)
-        return logits, tuple(states)
+            return result, tuple(states), self._penalty(x, dropped)
+        return result, tuple(states)
 
     def _embed(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)

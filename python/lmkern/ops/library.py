@@ -128,7 +128,7 @@ def without_autocast() -> contextlib.AbstractContextManager[Any]:
 
 # Where tiles save more than splitting takes: `b` is split for so many rows, `a` for so many columns,
 # and a call costs 2 us.
-_LEAST_ROWS, _LEAST_COLUMNS, _LEAST_PRODUCTS = 96, 48, 1 << 20
+_LEAST_ROWS, _LEAST_COLUMNS, _LEAST_PRODUCTS = 96, 48, 1 << 23
 
 
 def _rows(x: Tensor, transposed: bool) -> tuple[Tensor, bool]:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..data.batches import IGNORE, evaluation_batches
+from ..data.batches import evaluation_batches
 from ..data.corpus import TokenData
 from ..models import LanguageModel
 
@@ -23,13 +22,6 @@ class Evaluation:
     loss: float
     perplexity: float
     tokens: int
-
-
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed float32 cross entropy of logits [B,T,V] and targets [B,T]; IGNORE counts nothing."""
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
 
 
 def perplexity(loss: float) -> float:
@@ -71,14 +63,18 @@ def evaluate(
         for batch in evaluation_batches(
             tokens, sequence_length, batch_size, carries_state, max_batches
         ):
-            logits, new_state = model(batch.inputs.to(device), None if batch.reset else state)
+            loss, new_state = model(
+                batch.inputs.to(device),
+                None if batch.reset else state,
+                targets=batch.targets.to(device),
+            )
             state = new_state if carries_state else None
-            total += token_loss(logits, batch.targets.to(device))
+            total += loss
             count += batch.num_tokens
     finally:
         model.train(was_training)
-    loss = total.item() / count
-    return Evaluation(loss, perplexity(loss), count)
+    mean = total.item() / count
+    return Evaluation(mean, perplexity(mean), count)
 
 
 def evaluate_parts(

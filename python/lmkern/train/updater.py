@@ -16,7 +16,7 @@ from ..data.corpus import TokenData
 from ..models import LanguageModel
 from .average import WeightAverage
 from .config import TrainConfig, learning_rate
-from .evaluate import detached, token_loss
+from .evaluate import detached
 
 
 class Updater:
@@ -131,13 +131,13 @@ class Updater:
             with nullcontext() if is_last else accelerator.no_sync(self.prepared):
                 state = None if batch.reset else self.states[i]
                 penalty: Tensor | float = 0.0
+                inputs, targets = batch.inputs.to(device), batch.targets.to(device)
                 if self.model.has_penalty:
-                    logits, state, penalty = self.prepared(
-                        batch.inputs.to(device), state, return_penalty=True
+                    loss, state, penalty = self.prepared(
+                        inputs, state, targets=targets, return_penalty=True
                     )
                 else:
-                    logits, state = self.prepared(batch.inputs.to(device), state)
-                loss = token_loss(logits, batch.targets.to(device))
+                    loss, state = self.prepared(inputs, state, targets=targets)
                 accelerator.backward((loss + batch.num_tokens * penalty) * scale)
             self.states[i] = detached(state)
             total += loss.detach()
