@@ -157,28 +157,28 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     call(lmkern::embedding_backward, {d_out, indices, d_weight, padding_idx, scale_grad_by_freq});
   });
 
-  m.def(
-      "cross_entropy_forward",
-      [](TensorView logits, TensorView index, TensorView probabilities, TensorView weight,
-         std::int64_t first, std::int64_t classes, std::int64_t ignore_index, double softcap,
-         TensorView maximum, TensorView sum, TensorView picked, TensorView mass, TensorView total) {
-        call(lmkern::cross_entropy_forward,
-             {logits,
-              {index, probabilities, weight, first, classes, ignore_index, softcap},
-              maximum,
-              sum,
-              picked,
-              mass,
-              total});
-      });
+  m.def("cross_entropy_forward",
+        [](TensorView logits, TensorView index, TensorView probabilities, TensorView weight,
+           TensorView bias, std::int64_t first, std::int64_t classes, std::int64_t ignore_index,
+           double softcap, TensorView maximum, TensorView sum, TensorView picked, TensorView mass,
+           TensorView total) {
+          call(lmkern::cross_entropy_forward,
+               {logits,
+                {index, probabilities, weight, bias, first, classes, ignore_index, softcap},
+                maximum,
+                sum,
+                picked,
+                mass,
+                total});
+        });
   m.def("cross_entropy_backward",
         [](TensorView logits, TensorView index, TensorView probabilities, TensorView weight,
-           std::int64_t first, std::int64_t classes, std::int64_t ignore_index, double softcap,
-           TensorView maximum, TensorView log_sum, TensorView d_lse, TensorView d_picked,
-           TensorView d_total, TensorView d_logits) {
+           TensorView bias, std::int64_t first, std::int64_t classes, std::int64_t ignore_index,
+           double softcap, TensorView maximum, TensorView log_sum, TensorView d_lse,
+           TensorView d_picked, TensorView d_total, TensorView d_logits) {
           call(lmkern::cross_entropy_backward,
                {logits,
-                {index, probabilities, weight, first, classes, ignore_index, softcap},
+                {index, probabilities, weight, bias, first, classes, ignore_index, softcap},
                 maximum,
                 log_sum,
                 d_lse,

@@ -1,10 +1,10 @@
 // Cross entropy (csrc/ops/cross_entropy.h).
 //
-// Parallel  threads own positions. P = 1: lanes are classes of one; P > 1: lanes are positions.
+// Parallel  threads own positions. P = 1: lanes are classes of one; P > 1: lanes are positions, in
+//           blocks of kWide vectors and tiles of kTile classes.
 // Traffic   forward reads the logits, backward reads and writes them: the bound where they come from
-//           memory. A row of classes, or the classes of one vector of positions, is read twice, for
-//           the maximum and for the sum, the second time from L1 or L2; beside an exponential of
-//           about 4 ns a vector.
+//           memory. A row of classes, or a tile, is read twice, for the maximum and for the sum, the
+//           second time from L1 or L2; beside an exponential of about 4 ns a vector.
 // Limits    few positions with many classes run on few threads.
 #include "ops/cross_entropy.h"
 
@@ -16,6 +16,7 @@ namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {
 
 constexpr std::int64_t kForkElements = 16 << 10;
+constexpr int kWide = 4, kTile = 32;  // 8 KB of float: a tile stays in L1
 
 template <class Args>
 int threads_for(const Args& a) {
@@ -38,6 +39,7 @@ struct Problem {
   const std::int64_t classes = logits.shape[1], positions = logits.shape[2];
   const std::int64_t* const index = target.index.ptr<const std::int64_t>();
   const T* const weight = target.weight.ptr<const T>();
+  const T* const bias = target.bias.ptr<const T>();
   const T cap = static_cast<T>(target.softcap);
   const T inverse_cap = cap > 0 ? 1 / cap : T(0);
 
@@ -45,15 +47,19 @@ struct Problem {
     if constexpr (kPlain) return z;
     return cap > 0 ? M::tanh(z * inverse_cap) * cap : z;
   }
-  LMKERN_INLINE V cap_slope(V s) const {
-    const V t = s * inverse_cap;  // 0 without a cap
-    return T(1) - t * t;
-  }
   // The class that `position` picks, counted from the first of these logits; -1 if not among them.
   LMKERN_INLINE std::int64_t picked(std::int64_t position) const {
     if (index == nullptr || index[position] == target.ignore_index) return -1;
     const std::int64_t c = index[position] - target.first;
     return c >= 0 && c < classes ? c : -1;
+  }
+  // Logits of neighbouring classes, and of one, with their biases.
+  LMKERN_INLINE V biased(V z, std::int64_t at, std::int64_t count) const {
+    if constexpr (kPlain) return z;
+    return bias != nullptr ? z + load_n(bias + at, count) : z;
+  }
+  LMKERN_INLINE T single(const S* z, std::int64_t at) const {
+    return to_accumulate(z[at]) + (bias != nullptr ? bias[at] : T(0));
   }
   static LMKERN_INLINE V lowest() { return splat<T>(-T(__builtin_inf())); }
 };
@@ -75,7 +81,7 @@ LMKERN_INLINE void merge(Vec<T> before_most, Vec<T> before_sum, Vec<T>& most, Ve
 template <class S, bool kPlain>
 struct Forward : Problem<S, kPlain> {
   using Base = Problem<S, kPlain>;
-  using Base::classes, Base::positions, Base::weight, Base::kLane;
+  using Base::classes, Base::positions, Base::weight, Base::bias, Base::kLane;
   using typename Base::M;
   using typename Base::T;
   using typename Base::V;
@@ -117,8 +123,8 @@ struct Forward : Problem<S, kPlain> {
     const S* const z = a.logits.ptr<const S>() + n * a.logits.strides[0];
     V most = Base::lowest();
     std::int64_t j = 0;
-    for (; j + kLane <= classes; j += kLane) most = max(load(z + j), most);
-    for (; j < classes; ++j) most = max(splat<T>(to_accumulate(z[j])), most);
+    for (; j + kLane <= classes; j += kLane) most = max(this->biased(load(z + j), j, kLane), most);
+    for (; j < classes; ++j) most = max(splat<T>(this->single(z, j)), most);
     T top = most[0];
     for (int lane = 1; lane < kLane; ++lane) top = most[lane] > top ? most[lane] : top;
     Terms terms;
@@ -130,7 +136,7 @@ struct Forward : Problem<S, kPlain> {
             : nullptr;
     const auto value = [&](V raw, std::int64_t at,
                            std::int64_t count) __attribute__((always_inline)) {
-      const V s = this->capped(raw);
+      const V s = this->capped(this->biased(raw, at, count));
       if constexpr (!kPlain)
         add_terms(s, weight != nullptr ? load_n(weight + at, count) : splat<T>(1),
                   t != nullptr ? load_n(t + at, count) : V{}, terms);
@@ -160,46 +166,79 @@ struct Forward : Problem<S, kPlain> {
       terms.picked = splat<T>(sum_lanes(terms.picked));
     }
     const std::int64_t c = this->picked(n);
-    if (c >= 0) terms.picked = this->capped(splat<T>(to_accumulate(z[c])));
+    if (c >= 0) terms.picked = this->capped(splat<T>(this->single(z, c)));
     finish(n, 1, terms);
   }
 
-  // `count` neighbouring positions of batch n, from p on.
+  // K vectors of neighbouring positions of batch n, from p on; the last has `count` of them.
+  template <int K>
   void lanes(std::int64_t n, std::int64_t p, std::int64_t count) const {
     const S* const z = a.logits.ptr<const S>() + n * a.logits.strides[0] + p;
     const TensorView& probabilities = a.target.probabilities;
-    V most = Base::lowest();
-    for (std::int64_t j = 0; j < classes; ++j)
-      most = max(load_n(z + j * a.logits.strides[1], count), most);
-    Terms terms;
-    terms.most = this->capped(most);
-    const V shift = most > Base::lowest() ? terms.most : V{};
-    for (std::int64_t j = 0; j < classes; ++j) {
-      const V s = this->capped(load_n(z + j * a.logits.strides[1], count));
-      terms.sum += M::exp_nonpositive(s - shift);
-      if constexpr (!kPlain)
-        add_terms(s, splat<T>(weight != nullptr ? weight[j] : T(1)),
-                  probabilities.defined()
-                      ? load_n(probabilities.ptr<const S>() + n * probabilities.strides[0] +
-                                   j * probabilities.strides[1] + p,
-                               count)
-                      : V{},
-                  terms);
+    const std::int64_t step = a.logits.strides[1];
+    const auto at = [&](std::int64_t j, int v) __attribute__((always_inline)) {
+      return load_n(z + j * step + v * kLane, v == K - 1 ? count : kLane) +
+             (bias != nullptr ? bias[j] : T(0));
+    };
+    Terms terms[K];
+    for (std::int64_t tile = 0; tile < classes; tile += kTile) {
+      const std::int64_t end = least(tile + kTile, classes);
+      V most[K], sum[K] = {};
+      LMKERN_UNROLL
+      for (int v = 0; v < K; ++v) most[v] = Base::lowest();
+      for (std::int64_t j = tile; j < end; ++j) {
+        LMKERN_UNROLL
+        for (int v = 0; v < K; ++v) most[v] = max(at(j, v), most[v]);
+      }
+      V shift[K];
+      LMKERN_UNROLL
+      for (int v = 0; v < K; ++v) {
+        const auto finite = most[v] > Base::lowest();
+        most[v] = this->capped(most[v]);
+        shift[v] = finite ? most[v] : V{};
+      }
+      for (std::int64_t j = tile; j < end; ++j) {
+        LMKERN_UNROLL
+        for (int v = 0; v < K; ++v) {
+          const V s = this->capped(at(j, v));
+          sum[v] += M::exp_nonpositive(s - shift[v]);
+          if constexpr (!kPlain)
+            add_terms(s, splat<T>(weight != nullptr ? weight[j] : T(1)),
+                      probabilities.defined()
+                          ? load_n(probabilities.ptr<const S>() + n * probabilities.strides[0] +
+                                       j * probabilities.strides[1] + p + v * kLane,
+                                   v == K - 1 ? count : kLane)
+                          : V{},
+                      terms[v]);
+        }
+      }
+      LMKERN_UNROLL
+      for (int v = 0; v < K; ++v) {
+        merge<T>(terms[v].most, terms[v].sum, most[v], sum[v]);
+        terms[v].most = most[v];
+        terms[v].sum = sum[v];
+      }
     }
-    for (int lane = 0; lane < count; ++lane) {
-      const std::int64_t c = this->picked(n * positions + p + lane);
-      if (c >= 0)
-        terms.picked[lane] =
-            this->capped(splat<T>(to_accumulate(z[c * a.logits.strides[1] + lane])))[0];
+    LMKERN_UNROLL
+    for (int v = 0; v < K; ++v) {
+      const std::int64_t width = v == K - 1 ? count : kLane;
+      const std::int64_t first = n * positions + p + v * kLane;
+      for (int lane = 0; lane < width; ++lane) {
+        const std::int64_t c = this->picked(first + lane);
+        if (c < 0) continue;
+        const T value = to_accumulate(z[c * step + v * kLane + lane]);
+        terms[v].picked[lane] =
+            this->capped(splat<T>(value + (bias != nullptr ? bias[c] : T(0))))[0];
+      }
+      finish(first, width, terms[v]);
     }
-    finish(n * positions + p, count, terms);
   }
 };
 
 template <class S, bool kPlain>
 struct Backward : Problem<S, kPlain> {
   using Base = Problem<S, kPlain>;
-  using Base::classes, Base::positions, Base::weight, Base::kLane;
+  using Base::classes, Base::positions, Base::weight, Base::bias, Base::kLane;
   using typename Base::M;
   using typename Base::T;
   using typename Base::V;
@@ -223,12 +262,20 @@ struct Backward : Problem<S, kPlain> {
 
   // The gradient of a vector of logits of which none is picked by index; `extra` is what picks.
   LMKERN_INLINE V gradient(V raw, const Terms& k, V w, V t, V extra) const {
-    const V s = this->capped(raw);
+    V s = raw, slope = splat<T>(1);
+    if constexpr (!kPlain) {
+      if (this->cap > 0) {
+        // 1 - tanh^2 = 4 e / (1 + e)^2, without the cancellation where tanh is close to 1.
+        const V u = raw * this->inverse_cap, e = M::exp_nonpositive(M::abs(u) * T(-2));
+        s = M::tanh(u) * this->cap;
+        slope = T(4) * e / ((T(1) + e) * (T(1) + e));
+      }
+    }
     V d = M::exp_nonpositive((s - k.maximum) - k.log_sum) * k.d_lse + extra;
     if constexpr (kPlain) return d;
     d += k.d_total * w;
     if (a.target.probabilities.defined()) d += k.d_picked * t * w;
-    return d * this->cap_slope(s);
+    return d * slope;
   }
 
   void row(std::int64_t n) const {
@@ -252,7 +299,7 @@ struct Backward : Problem<S, kPlain> {
     const std::int64_t c = this->picked(n);
     V at_picked{};
     if (c >= 0)  // before `d`, which may be `z`, is written
-      at_picked = gradient(splat<T>(to_accumulate(z[c])), k,
+      at_picked = gradient(splat<T>(this->single(z, c)), k,
                            splat<T>(weight != nullptr ? weight[c] : T(1)), V{}, k.d_picked);
     const auto step = [&](std::int64_t j, std::int64_t count) __attribute__((always_inline)) {
       V w{}, probability{};
@@ -260,7 +307,8 @@ struct Backward : Problem<S, kPlain> {
         w = weight_at(j, count);
         if (t != nullptr) probability = load_n(t + j, count);
       }
-      store_n(d + j, gradient(load_n(z + j, count), k, w, probability, V{}), count);
+      store_n(d + j, gradient(this->biased(load_n(z + j, count), j, count), k, w, probability, V{}),
+              count);
     };
     std::int64_t j = 0;
     for (; j + kLane <= classes; j += kLane) step(j, kLane);
@@ -268,26 +316,38 @@ struct Backward : Problem<S, kPlain> {
     if (c >= 0) store_n(d + c, at_picked, 1);
   }
 
+  template <int K>
   void lanes(std::int64_t n, std::int64_t p, std::int64_t count) const {
     const S* const z = a.logits.ptr<const S>() + n * a.logits.strides[0] + p;
     S* const d = a.d_logits.ptr<S>() + n * a.d_logits.strides[0] + p;
     const TensorView& probabilities = a.target.probabilities;
-    const Terms k = terms(n * positions + p, count);
-    IntVec<T> own = lane_index<T>() - lane_index<T>();
-    for (int lane = 0; lane < count; ++lane) own[lane] = this->picked(n * positions + p + lane);
-    for (int lane = count; lane < kLane; ++lane) own[lane] = -1;
-    const auto zero = (k.d_lse == V{}) & (k.d_picked == V{}) & (k.d_total == V{});
+    const std::int64_t first = n * positions + p;
+    Terms k[K];
+    IntVec<T> own[K], zero[K];
+    LMKERN_UNROLL
+    for (int v = 0; v < K; ++v) {
+      const std::int64_t width = v == K - 1 ? count : kLane;
+      k[v] = terms(first + v * kLane, width);
+      zero[v] = (k[v].d_lse == V{}) & (k[v].d_picked == V{}) & (k[v].d_total == V{});
+      for (int lane = 0; lane < kLane; ++lane)
+        own[v][lane] = lane < width ? this->picked(first + v * kLane + lane) : -1;
+    }
     for (std::int64_t j = 0; j < classes; ++j) {
-      const auto mine = own == static_cast<typename VecTypes<T>::IntLane>(j);
-      const V t = probabilities.defined()
-                      ? load_n(probabilities.ptr<const S>() + n * probabilities.strides[0] +
-                                   j * probabilities.strides[1] + p,
-                               count)
-                      : V{};
-      const V value =
-          gradient(load_n(z + j * a.logits.strides[1], count), k,
-                   splat<T>(weight != nullptr ? weight[j] : T(1)), t, mine ? k.d_picked : V{});
-      store_n(d + j * a.d_logits.strides[1], zero ? V{} : value, count);
+      const V w = splat<T>(weight != nullptr ? weight[j] : T(1));
+      const T b = bias != nullptr ? bias[j] : T(0);
+      LMKERN_UNROLL
+      for (int v = 0; v < K; ++v) {
+        const std::int64_t width = v == K - 1 ? count : kLane, at = v * kLane;
+        const auto mine = own[v] == static_cast<typename VecTypes<T>::IntLane>(j);
+        const V t = probabilities.defined()
+                        ? load_n(probabilities.ptr<const S>() + n * probabilities.strides[0] +
+                                     j * probabilities.strides[1] + p + at,
+                                 width)
+                        : V{};
+        const V value = gradient(load_n(z + j * a.logits.strides[1] + at, width) + b, k[v], w, t,
+                                 mine ? k[v].d_picked : V{});
+        store_n(d + j * a.d_logits.strides[1] + at, zero[v] ? V{} : value, width);
+      }
     }
   }
 };
@@ -296,7 +356,8 @@ template <class Pass, class Args>
 void run(const Args& a) {
   const Pass pass(a);
   const std::int64_t batch = a.logits.shape[0], positions = a.logits.shape[2];
-  const std::int64_t blocks = positions == 1 ? 1 : (positions + Pass::kLane - 1) / Pass::kLane;
+  constexpr std::int64_t kBlock = kWide * Pass::kLane;
+  const std::int64_t blocks = positions == 1 ? 1 : (positions + kBlock - 1) / kBlock;
   parallel(threads_for(a), [&](int thread, int of) {
     const Range own = thread_range(batch * blocks, 1, thread, of);
     for (std::int64_t i = own.begin; i < own.end; ++i) {
@@ -304,8 +365,14 @@ void run(const Args& a) {
         pass.row(i);
         continue;
       }
-      const std::int64_t p = i % blocks * Pass::kLane;
-      pass.lanes(i / blocks, p, least(positions - p, Pass::kLane));
+      std::int64_t p = i % blocks * kBlock;
+      const std::int64_t end = least(p + kBlock, positions);
+      if (end - p == kBlock) {
+        pass.template lanes<kWide>(i / blocks, p, Pass::kLane);
+        continue;
+      }
+      for (; p < end; p += Pass::kLane)
+        pass.template lanes<1>(i / blocks, p, least(end - p, Pass::kLane));
     }
   });
 }
@@ -321,18 +388,19 @@ void dispatch(const Args& a, bool plain) {
   });
 }
 
-bool is_plain(const CrossEntropyTarget& t, const TensorView& total) {
-  return t.softcap == 0 && t.index.defined() && !total.defined();
+bool is_plain(const TensorView& logits, const CrossEntropyTarget& t, const TensorView& total) {
+  const bool biased_rows = t.bias.defined() && logits.shape[2] == 1;
+  return t.softcap == 0 && t.index.defined() && !total.defined() && !biased_rows;
 }
 
 }  // namespace
 
 void cross_entropy_forward(const CrossEntropyForwardArgs& a) {
-  dispatch<Forward>(a, is_plain(a.target, a.total));
+  dispatch<Forward>(a, is_plain(a.logits, a.target, a.total));
 }
 
 void cross_entropy_backward(const CrossEntropyBackwardArgs& a) {
-  dispatch<Backward>(a, is_plain(a.target, a.d_total));
+  dispatch<Backward>(a, is_plain(a.logits, a.target, a.d_total));
 }
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

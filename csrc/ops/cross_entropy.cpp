@@ -24,6 +24,7 @@ DType check_target(const Check& check, const TensorView& logits, const CrossEntr
     check.fail("classes must be at least first + C = " + std::to_string(t.first + C) + ", got " +
                std::to_string(t.classes));
   check.optional("weight", t.weight, wide, {C}, "[C]");
+  check.optional("bias", t.bias, wide, {C}, "[C]");
   if (t.index.defined() == t.probabilities.defined())
     check.fail("target must be either class indices or probabilities");
   if (t.probabilities.defined()) {

@@ -277,9 +277,8 @@ def cross_entropy_terms(
 def linear_cross_entropy_terms(
     x: Tensor, linear_weight: Tensor, bias: Tensor | None, *target: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`cross_entropy_terms` of the logits x W^T + b: x [N, D], W [C, D], b [C]."""
+    """:func:`cross_entropy_terms` of the logits x W^T + b, of [1, N]: x [N, D], W [C, D], b [C]."""
     wide = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(wide)
-    return cross_entropy_terms(
-        F.linear(x.to(wide), linear_weight.to(wide), bias).unsqueeze(2), *target
-    )
+    logits = F.linear(x.to(wide), linear_weight.to(wide), bias)
+    return cross_entropy_terms(logits.t().unsqueeze(0), *target)

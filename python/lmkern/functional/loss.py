@@ -13,12 +13,7 @@ from torch.nn import _reduction
 from lmkern import reference
 from lmkern.functional._linear import linear
 from lmkern.ops.check import check_shape, check_tensors
-from lmkern.ops.cross_entropy import (
-    CrossEntropyFunction,
-    LinearCrossEntropyFunction,
-    Target,
-    Terms,
-)
+from lmkern.ops.cross_entropy import CrossEntropyFunction, Target, Terms
 from lmkern.ops.library import (
     accumulate_dtype,
     autocast,
@@ -26,6 +21,7 @@ from lmkern.ops.library import (
     use_kernel,
     without_autocast,
 )
+from lmkern.ops.linear_cross_entropy import LinearCrossEntropyFunction
 
 LossOrMore = Tensor | tuple[Tensor, ...]
 
@@ -224,13 +220,12 @@ def _target(
     softcap: float | None,
     label_smoothing: float,
 ) -> Target:
-    """Check the target, [N, P] or [N, C, P] of it, and what belongs to it; ``rows`` is [N, ...]."""
+    """Check the target and what belongs to it; ``rows``: the logits [N, C, P], or x [P, D]."""
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap must be > 0 or None, got {softcap}")
-    positions = rows.shape[2] if rows.dim() == 3 else 1
-    last = rows.dim() == 2  # of the linear form: classes are the last dimension of probabilities
+    last = rows.dim() == 2  # the linear form: classes come last, and positions are rows
     classes = full[-1] if last or len(full) == 1 else full[1]
     check_shape(op, "weight", weight, (classes,), "[C]")
     wide = accumulate_dtype(rows.dtype)
@@ -238,12 +233,16 @@ def _target(
     options = (weight, ignore_index, softcap or 0.0, label_smoothing > 0)
     if target.is_floating_point():
         check_shape(op, "target", target, full, "like the logits")
-        flat = target.reshape(rows.shape[0], classes, positions)
-        return Target(None, flat.to(wide if last else rows.dtype), *options)
+        if last:
+            flat = target.reshape(-1, classes).t().unsqueeze(0).to(wide)
+        else:
+            flat = target.reshape(rows.shape).to(rows.dtype)
+        return Target(None, flat, *options)
     if target.dtype not in (torch.int64, torch.int32, torch.uint8):
         raise TypeError(f"{op}: target must be int64 or floating, got {target.dtype}")
     check_shape(op, "target", target, shape, "[N, ...], one class for each position")
-    return Target(target.reshape(rows.shape[0], positions).long(), None, *options)
+    flat = target.reshape(1, -1) if last else target.reshape(rows.shape[0], rows.shape[2])
+    return Target(flat.long(), None, *options)
 
 
 def _terms(

@@ -129,6 +129,9 @@ def without_autocast() -> contextlib.AbstractContextManager[Any]:
 # Where tiles save more than splitting takes: `b` is split for so many rows, `a` for so many columns,
 # and a call costs 2 us.
 _LEAST_ROWS, _LEAST_COLUMNS, _LEAST_PRODUCTS = 96, 48, 1 << 23
+# From this depth on a wide product is faster as a tall one, whose transpose is then copied: packing
+# the columns of `b` costs as much as 96 rows, splitting the rows of `a` only as much as 50 columns.
+_DEEP = 512
 
 
 def _rows(x: Tensor, transposed: bool) -> tuple[Tensor, bool]:
@@ -164,6 +167,9 @@ def matmul(
         and rows * columns * depth >= _LEAST_PRODUCTS
         and out.stride(1) == 1
     ):
+        if columns >= 2 * rows and depth >= _DEEP and bias is None and not accumulate:
+            tall = matmul(b, a, transpose_a=not transpose_b, transpose_b=not transpose_a)
+            return out.copy_(tall.t())
         (a, transpose_a), (b, transpose_b) = _rows(a, transpose_a), _rows(b, transpose_b)
         bias = None if bias is None else bias.contiguous()
         if _C.matmul(a, b, bias, out, transpose_a, transpose_b, accumulate):
