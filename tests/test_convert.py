@@ -211,6 +211,7 @@ def test_shared_modules_and_tied_weights_stay_shared_and_tied():
     assert [layer.names for layer in report.swapped] == [
         ("embed", "decoder.1"),
         ("rnn", "decoder.0"),
+        ("head",),
     ]
     y, _ = model.rnn(model.embed(torch.randint(I, (T, B))))
     model.head(y).sum().backward()

@@ -69,6 +69,9 @@ KINDS: dict[str, Kind] = {
             "max_norm" if layer.max_norm is not None else "sparse=True" if layer.sparse else None
         )
     ),
+    "Linear": Kind({"bias": lambda layer: layer.bias is not None}),
+    "CrossEntropyLoss": Kind(),
+    "AdaptiveLogSoftmaxWithLoss": Kind({"cutoffs": lambda layer: layer.cutoffs[:-1]}),
     "MultiheadAttention": Kind(
         {
             "bias": lambda layer: layer.in_proj_bias is not None,
@@ -170,7 +173,12 @@ def needed_state(
             continue
         pair = {type(own), type(child)}
         same = getattr(type(own), "forward", None) is getattr(type(child), "forward", None)
-        if not same and not any(pair == {a, b} for a, b in kinds.items()):
+        # Or a subclass of torch's that inherits its forward, as MultiheadAttention.out_proj is.
+        inherits = any(
+            type(child) is b and isinstance(own, a) and type(own).forward is a.forward
+            for a, b in kinds.items()
+        )
+        if not same and not inherits and not any(pair == {a, b} for a, b in kinds.items()):
             return {}, f"{key} is a {type(own).__name__} instead of a {type(child).__name__}"
     state: dict[Place, Any] = {}
     plain = Module().__dict__  # what any module has is the layer's own

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Linear, Module, Parameter
+from torch.nn import Module, Parameter
 from torch.nn.init import constant_, xavier_normal_, xavier_uniform_
 
-from lmkern.functional import scaled_dot_product_attention
+from lmkern.functional import linear, scaled_dot_product_attention
 from lmkern.functional._attention import check_window
+from lmkern.nn.linear import Linear
 from lmkern.nn.position import RotaryPosition, alibi_slopes
 
 Window = tuple[int | None, int | None]
@@ -279,20 +280,20 @@ class MultiheadAttention(Module):
         widths = [self.embed_dim] + [self.num_kv_heads * self.head_dim] * 2
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key and key is value:
-            parts = F.linear(query, weight, bias).split(widths, -1)
+            parts = linear(query, weight, bias).split(widths, -1)
         elif weight is not None and key is value:
             kv_widths = [widths[0], sum(widths[1:])]
             w_q, w_kv = weight.split(kv_widths)
             b_q, b_kv = (None, None) if bias is None else bias.split(kv_widths)
             parts = (
-                F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).split(widths[1:], -1),
+                linear(query, w_q, b_q), *linear(key, w_kv, b_kv).split(widths[1:], -1),
             )  # fmt: skip
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             if weight is not None:
                 weights = weight.split(widths)
             biases = (None,) * 3 if bias is None else bias.split(widths)
-            parts = tuple(map(F.linear, (query, key, value), weights, biases))
+            parts = tuple(map(linear, (query, key, value), weights, biases))
         if query.dim() == 2:
             order, parts = (0, 2, 1, 3), tuple(x.unsqueeze(0) for x in parts)
         else:

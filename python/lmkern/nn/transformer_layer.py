@@ -7,9 +7,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Dropout, LayerNorm, Linear, Module
+from torch.nn import Dropout, LayerNorm, Module
 
 from lmkern.nn.attention import MultiheadAttention
+from lmkern.nn.linear import Linear
 
 Activation = str | Callable[[Tensor], Tensor]
 
