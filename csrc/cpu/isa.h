@@ -20,6 +20,8 @@ namespace lmkern::cpu {
   KERNEL(void, attention_backward, AttentionBackwardArgs)          \
   KERNEL(void, attention_weights, AttentionWeightsArgs)            \
   KERNEL(void, embedding_forward, EmbeddingForwardArgs)            \
+  KERNEL(void, embedding_renorm, EmbeddingRenormArgs)              \
+  KERNEL(std::int64_t, embedding_buckets, EmbeddingBucketsArgs)    \
   KERNEL(void, embedding_backward, EmbeddingBackwardArgs)          \
   KERNEL(bool, matmul, MatmulArgs)                                 \
   KERNEL(void, recurrent_forward, RecurrentForwardArgs)            \

@@ -64,11 +64,7 @@ KINDS: dict[str, Kind] = {
     "RNNCell": Kind(),
     "LSTMCell": Kind(),
     "GRUCell": Kind(),
-    "Embedding": Kind(
-        no_kernel=lambda layer: (
-            "max_norm" if layer.max_norm is not None else "sparse=True" if layer.sparse else None
-        )
-    ),
+    "Embedding": Kind(),
     "MultiheadAttention": Kind(
         {
             "bias": lambda layer: layer.in_proj_bias is not None,

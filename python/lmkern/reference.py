@@ -230,12 +230,35 @@ def scaled_dot_product_attention(
 
 
 def embedding(
-    indices: Tensor, weight: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False
+    indices: Tensor,
+    weight: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    *,
+    inplace: bool = False,
+    sparse: bool = False,
 ) -> Tensor:
-    """weight[indices]; padding_idx = -1 means none."""
-    return F.embedding(
+    """weight[indices]; padding_idx = -1 means none.
+
+    Rows with a norm above ``max_norm`` are scaled down to it: in ``weight`` if ``inplace``, else in the
+    result only, and the gradient is that of the scaled row.
+    """
+    rows = F.embedding(
         indices,
         weight,
         None if padding_idx < 0 else padding_idx,
-        scale_grad_by_freq=scale_grad_by_freq,
+        max_norm if inplace else None,
+        norm_type,
+        scale_grad_by_freq,
+        sparse,
     )
+    return rows if inplace or max_norm is None else clip_norm(rows, max_norm, norm_type)
+
+
+def clip_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """Rows [..., D] whose p-norm is above ``max_norm`` scaled down, as torch.embedding_renorm_ does."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, norm_type, -1, keepdim=True)
+    return (wide * torch.where(norm > max_norm, max_norm / (norm + 1e-7), 1.0)).to(rows.dtype)

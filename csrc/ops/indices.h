@@ -1,0 +1,13 @@
+// Checks of row numbers, shared by the ops that look rows up.
+#pragma once
+#include "core/check.h"
+
+namespace lmkern {
+
+// [..., i, ...]: where element `flat` of the view is.
+std::string position_string(const TensorView& view, std::int64_t flat);
+
+// int32 or int64, contiguous, every element in [0, rows); IndexError names the first that is not.
+void check_indices(const Check& check, const TensorView& indices, std::int64_t rows);
+
+}  // namespace lmkern
