@@ -43,6 +43,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]]
         lambda: nn.Embedding(I, H, scale_grad_by_freq=True),
         lambda: (torch.randint(I, (B, T)),),
     ),
+    "embedding-bag": (
+        lambda: nn.EmbeddingBag(I, H, mode="max", padding_idx=2),
+        lambda: (torch.randint(I, (B, T)),),
+    ),
     "attention": (
         lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=5, add_bias_kv=True, batch_first=True),
         lambda: (torch.randn(B, T, 8), torch.randn(B, 4, 6), torch.randn(B, 4, 5)),

@@ -41,6 +41,15 @@ lmkern::AttentionProblem attention_problem(const Problem& members) {
                     members);
 }
 
+// EmbeddingBags, member by member.
+using Bags = std::tuple<TensorView, TensorView, TensorView, bool, int, std::int64_t>;
+
+lmkern::EmbeddingBags embedding_bags(const Bags& bags) {
+  const auto& [indices, offsets, weights, include_last_offset, mode, padding_idx] = bags;
+  return {indices,    offsets, weights, include_last_offset, static_cast<lmkern::BagMode>(mode),
+          padding_idx};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -169,6 +178,23 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           call(lmkern::embedding_backward,
                {d_out, ids, starts, order, stale, d_weight, sparse, scale_grad_by_freq});
         });
+
+  m.def("embedding_bag_forward",
+        [](const Bags& bags, TensorView weight, TensorView out, TensorView winners) {
+          call(lmkern::embedding_bag_forward, {embedding_bags(bags), weight, out, winners});
+        });
+  m.def("embedding_bag_backward", [](const Bags& bags, TensorView d_out, TensorView winners,
+                                     TensorView ids, TensorView starts, TensorView order,
+                                     TensorView stale, TensorView d_weight, bool sparse,
+                                     bool scale_grad_by_freq) {
+    call(lmkern::embedding_bag_backward, {embedding_bags(bags), d_out, winners, ids, starts, order,
+                                          stale, d_weight, sparse, scale_grad_by_freq});
+  });
+  m.def("embedding_bag_weights_backward", [](const Bags& bags, TensorView d_out, TensorView winners,
+                                             TensorView weight, TensorView d_per_sample_weights) {
+    call(lmkern::embedding_bag_weights_backward,
+         {embedding_bags(bags), d_out, winners, weight, d_per_sample_weights});
+  });
 
   m.def("rotary_embedding", [](TensorView q, TensorView k, TensorView cos, TensorView sin,
                                TensorView q_out, TensorView k_out, bool interleaved, bool inverse) {

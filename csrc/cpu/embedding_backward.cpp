@@ -11,32 +11,28 @@
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {
 
+// term(i) = d_out[order[i], :]
 template <class S>
-struct RowTerms {
+struct OrderedRows {
+  using Row = PlainRow<S>;
   const S* d_out;
   std::int64_t width;
   const std::int64_t* order;
-  LMKERN_INLINE Vec<Accumulate<S>> at(std::int64_t i, std::int64_t d) const {
-    return load(d_out + order[i] * width + d);
-  }
-  LMKERN_INLINE Vec<Accumulate<S>> at_n(std::int64_t i, std::int64_t d, std::int64_t n) const {
-    return load_n(d_out + order[i] * width + d, n);
-  }
+  LMKERN_INLINE Row row(std::int64_t i) const { return {d_out + order[i] * width}; }
 };
 
 template <class S>
 void backward(const EmbeddingBackwardArgs& a) {
-  GradientRows rows{a.ids.ptr<const std::int64_t>(),
-                    a.starts.ptr<const std::int64_t>(),
-                    a.stale.ptr<const std::int64_t>(),
-                    a.ids.shape[0],
-                    a.stale.defined() ? a.stale.shape[0] : 0,
-                    a.d_weight.shape[1],
-                    a.sparse,
-                    a.scale_grad_by_freq};
-  Scratch::place([&](Scratch& scratch) { rows.layout(scratch); });
-  const RowTerms<S> terms{a.d_out.ptr<const S>(), rows.width, a.order.ptr<const std::int64_t>()};
-  write_gradient(rows, terms, a.d_weight.ptr<S>());
+  RowSums sums{a.sparse ? nullptr : a.ids.ptr<const std::int64_t>(),
+               a.starts.ptr<const std::int64_t>(),
+               a.stale.ptr<const std::int64_t>(),
+               a.ids.shape[0],
+               a.stale.defined() ? a.stale.shape[0] : 0,
+               a.d_weight.shape[1],
+               a.scale_grad_by_freq};
+  Scratch::place([&](Scratch& scratch) { sums.layout(scratch); });
+  const OrderedRows<S> terms{a.d_out.ptr<const S>(), sums.width, a.order.ptr<const std::int64_t>()};
+  write_row_sums(sums, terms, a.d_weight.ptr<S>());
 }
 
 }  // namespace

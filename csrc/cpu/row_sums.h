@@ -1,10 +1,10 @@
-// Sums of rows by bucket: the gradient of a lookup, of single rows and of bags.
+// Sums of rows by bucket: bags of rows, and the gradients of lookups.
 //
 //   target[u, :] = scale(u) * sum over starts[u] <= i < starts[u + 1] of term(i)[:]
 //
-// A Terms says what term(i) is:
-//   Vec<T> at(i, d)        lanes d, d + 1, ...
-//   Vec<T> at_n(i, d, n)   n of them
+// A Terms says what term(i) is: Terms::row(i) gives a Row of pointers and factors, with
+//   Vec<T> at(d)        lanes d, d + 1, ...
+//   Vec<T> at_n(d, n)   n of them
 #pragma once
 #include "core/memory.h"
 #include "core/parallel.h"
@@ -61,11 +61,14 @@ LMKERN_INLINE void add_terms(const Terms& terms, std::int64_t i, std::int64_t be
                              std::int64_t end, bool is_first, bool is_last, Accumulate<S> scale,
                              Accumulate<S>* partial, S* target) {
   using T = Accumulate<S>;
+  typename Terms::Row rows[K];
+  LMKERN_UNROLL
+  for (int k = 0; k < K; ++k) rows[k] = terms.row(i + k);
   std::int64_t d = begin;
   for (; d + kLanes<T> <= end; d += kLanes<T>) {
     Vec<T> sum = is_first ? Vec<T>{} : load(partial + (d - begin));
     LMKERN_UNROLL
-    for (int k = 0; k < K; ++k) sum += terms.at(i + k, d);
+    for (int k = 0; k < K; ++k) sum += rows[k].at(d);
     if (is_last)
       store(target + d, sum * scale);
     else
@@ -74,7 +77,7 @@ LMKERN_INLINE void add_terms(const Terms& terms, std::int64_t i, std::int64_t be
   if (const std::int64_t n = end - d; n > 0) {
     Vec<T> sum = is_first ? Vec<T>{} : load(partial + (d - begin));
     LMKERN_UNROLL
-    for (int k = 0; k < K; ++k) sum += terms.at_n(i + k, d, n);
+    for (int k = 0; k < K; ++k) sum += rows[k].at_n(d, n);
     if (is_last)
       store_n(target + d, sum * scale, n);
     else
@@ -111,17 +114,17 @@ LMKERN_INLINE void sum_terms(const Terms& terms, std::int64_t first, std::int64_
   }
 }
 
-// A gradient by buckets: target rows ids[u] (sparse: u) are written, stale rows cleared.
-struct GradientRows {
-  const std::int64_t* ids;     // [buckets]
+// target[rows[u], :] = sum of bucket u, zeros if it is empty; stale rows are cleared.
+struct RowSums {
+  const std::int64_t* rows;    // [buckets] ascending; null: row u
   const std::int64_t* starts;  // [buckets + 1]
-  const std::int64_t* stale;   // [stale_count]
+  const std::int64_t* stale;   // [stale_count] ascending
   std::int64_t buckets, stale_count, width;
-  bool sparse, scale_by_count;
+  bool mean;  // divided by the number of terms
   RowSumItem* items = nullptr;
   std::int64_t* clear = nullptr;
 
-  // Takes what write_gradient needs.
+  // Takes what write_row_sums needs.
   LMKERN_INLINE void layout(Scratch& scratch) {
     items = scratch.take<RowSumItem>(most_row_sum_items(buckets, starts[buckets], width));
     clear = scratch.take<std::int64_t>(stale_count);
@@ -129,32 +132,56 @@ struct GradientRows {
 };
 
 template <class S, class Terms>
-LMKERN_INLINE void write_gradient(const GradientRows& g, const Terms& terms, S* target) {
+LMKERN_INLINE void write_row_sums(const RowSums& r, const Terms& terms, S* target) {
   using T = Accumulate<S>;
-  const std::int64_t items = plan_row_sums(g.starts, g.buckets, g.width, g.items);
+  const std::int64_t items = plan_row_sums(r.starts, r.buckets, r.width, r.items);
   std::int64_t clear = 0;  // stale rows that no sum overwrites
-  for (std::int64_t k = 0, u = 0; k < g.stale_count; ++k) {
-    while (u < g.buckets && g.ids[u] < g.stale[k]) ++u;
-    if (u == g.buckets || g.ids[u] != g.stale[k]) g.clear[clear++] = g.stale[k];
+  for (std::int64_t k = 0, u = 0; k < r.stale_count; ++k) {
+    while (u < r.buckets && r.rows[u] < r.stale[k]) ++u;
+    if (u == r.buckets || r.rows[u] != r.stale[k]) r.clear[clear++] = r.stale[k];
   }
   constexpr std::int64_t kBlock = 32;
   WorkQueue sums(items), blocks((clear + kBlock - 1) / kBlock);
-  parallel(threads_for((g.starts[g.buckets] + clear) * g.width), [&](int, int) {
+  parallel(threads_for((r.starts[r.buckets] + clear) * r.width), [&](int, int) {
     for (std::int64_t n; sums.next(&n);) {
-      const RowSumItem& item = g.items[n];
+      const RowSumItem& item = r.items[n];
       for (std::int64_t u = item.first; u < item.last; ++u) {
-        const std::int64_t first = g.starts[u], last = g.starts[u + 1];
-        const T scale = g.scale_by_count ? T(1) / static_cast<T>(last - first) : T(1);
-        S* const row = target + (g.sparse ? u : g.ids[u]) * g.width;
-        sum_terms<S>(terms, first, last, item.begin, item.end, scale, row);
+        const std::int64_t first = r.starts[u], last = r.starts[u + 1];
+        S* const row = target + (r.rows == nullptr ? u : r.rows[u]) * r.width;
+        const T scale = r.mean ? T(1) / static_cast<T>(last - first) : T(1);
+        if (first == last)
+          __builtin_memset(row, 0, r.width * sizeof(S));
+        else
+          sum_terms<S>(terms, first, last, item.begin, item.end, scale, row);
       }
     }
     for (std::int64_t n; blocks.next(&n);) {
       const std::int64_t end = (n + 1) * kBlock < clear ? (n + 1) * kBlock : clear;
       for (std::int64_t k = n * kBlock; k < end; ++k)
-        __builtin_memset(target + g.clear[k] * g.width, 0, g.width * sizeof(S));
+        __builtin_memset(target + r.clear[k] * r.width, 0, r.width * sizeof(S));
     }
   });
 }
+
+// A row as it lies in memory.
+template <class S>
+struct PlainRow {
+  const S* data;
+  LMKERN_INLINE Vec<Accumulate<S>> at(std::int64_t d) const { return load(data + d); }
+  LMKERN_INLINE Vec<Accumulate<S>> at_n(std::int64_t d, std::int64_t n) const {
+    return load_n(data + d, n);
+  }
+};
+
+// weight * row
+template <class S>
+struct WeightedRow {
+  const S* data;
+  Accumulate<S> weight;
+  LMKERN_INLINE Vec<Accumulate<S>> at(std::int64_t d) const { return load(data + d) * weight; }
+  LMKERN_INLINE Vec<Accumulate<S>> at_n(std::int64_t d, std::int64_t n) const {
+    return load_n(data + d, n) * weight;
+  }
+};
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

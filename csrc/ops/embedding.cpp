@@ -57,28 +57,11 @@ std::int64_t embedding_buckets(const EmbeddingBucketsArgs& a) {
 
 void embedding_backward(const EmbeddingBackwardArgs& a) {
   const Check check("embedding_backward");
-  check.floating("d_weight", a.d_weight);
-  check.dims("d_weight", a.d_weight, 2, a.sparse ? "[U, D]" : "[V, D]");
-  check.contiguous("d_weight", a.d_weight);
-  check.dtype("d_out", a.d_out, a.d_weight.dtype);
   check.dims("d_out", a.d_out, 2, "[N, D]");
-  const std::int64_t n = a.d_out.shape[0], rows = a.d_weight.shape[0], width = a.d_weight.shape[1];
-  check.tensor("d_out", a.d_out, a.d_weight.dtype, {n, width}, "[N, D]");
-  check.dims("ids", a.ids, 1, "[U]");
-  check.dtype("ids", a.ids, DType::kInt64);
-  const std::int64_t distinct = a.ids.shape[0];
-  check.tensor("starts", a.starts, DType::kInt64, {distinct + 1}, "[U + 1]");
-  const std::int64_t terms = a.starts.ptr<const std::int64_t>()[distinct];
-  TensorView order = a.order;
-  check.dims("order", order, 1, "[N]");
-  if (order.shape[0] > terms) order.shape[0] = terms;
-  check.tensor("order", order, DType::kInt64, {terms}, "[starts[U]]");
-  check_indices(check, order, n);
-  if (a.sparse)
-    check.shape("d_weight", a.d_weight, {distinct, width}, "[U, D]");
-  else
-    check_indices(check, a.ids, rows);
-  if (a.stale.defined()) check_indices(check, a.stale, rows);
+  check_bucketed_gradient(check, {a.ids, a.starts, a.order, a.stale, a.d_weight, a.sparse},
+                          a.d_out.shape[0]);
+  check.tensor("d_out", a.d_out, a.d_weight.dtype, {a.d_out.shape[0], a.d_weight.shape[1]},
+               "[N, D]");
   cpu::kernels().embedding_backward(a);
 }
 

@@ -32,4 +32,30 @@ void check_indices(const Check& check, const TensorView& indices, std::int64_t r
   });
 }
 
+void check_bucketed_gradient(const Check& check, const BucketedGradient& g,
+                             std::int64_t positions) {
+  check.floating("d_weight", g.d_weight);
+  check.dims("d_weight", g.d_weight, 2, g.sparse ? "[U, D]" : "[V, D]");
+  check.contiguous("d_weight", g.d_weight);
+  check.dims("ids", g.ids, 1, "[U]");
+  check.dtype("ids", g.ids, DType::kInt64);
+  const std::int64_t distinct = g.ids.shape[0];
+  check.tensor("starts", g.starts, DType::kInt64, {distinct + 1}, "[U + 1]");
+  const std::int64_t terms = g.starts.ptr<const std::int64_t>()[distinct];
+  TensorView order = g.order;
+  check.dims("order", order, 1, "[N]");
+  if (order.shape[0] > terms) order.shape[0] = terms;
+  check.tensor("order", order, DType::kInt64, {terms}, "[starts[U]]");
+  check_indices(check, order, positions);
+  if (g.sparse)
+    check.shape("d_weight", g.d_weight, {distinct, g.d_weight.shape[1]}, "[U, D]");
+  else
+    check_indices(check, g.ids, g.d_weight.shape[0]);
+  if (g.stale.defined()) {
+    check.dims("stale", g.stale, 1, "[K]");
+    check.dtype("stale", g.stale, DType::kInt64);
+    check_indices(check, g.stale, g.d_weight.shape[0]);
+  }
+}
+
 }  // namespace lmkern

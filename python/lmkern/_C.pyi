@@ -150,6 +150,28 @@ def embedding_backward(
     sparse: bool,
     scale_grad_by_freq: bool,
 ) -> None: ...
+def embedding_bag_forward(
+    bags: tuple[Any, ...], weight: Tensor, out: Tensor, winners: Tensor | None
+) -> None: ...
+def embedding_bag_backward(
+    bags: tuple[Any, ...],
+    d_out: Tensor,
+    winners: Tensor | None,
+    ids: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    stale: Tensor | None,
+    d_weight: Tensor,
+    sparse: bool,
+    scale_grad_by_freq: bool,
+) -> None: ...
+def embedding_bag_weights_backward(
+    bags: tuple[Any, ...],
+    d_out: Tensor,
+    winners: Tensor | None,
+    weight: Tensor,
+    d_per_sample_weights: Tensor,
+) -> None: ...
 def rotary_embedding(
     q: Tensor,
     k: Tensor | None,

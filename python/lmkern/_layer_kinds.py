@@ -65,6 +65,7 @@ KINDS: dict[str, Kind] = {
     "LSTMCell": Kind(),
     "GRUCell": Kind(),
     "Embedding": Kind(),
+    "EmbeddingBag": Kind(),
     "MultiheadAttention": Kind(
         {
             "bias": lambda layer: layer.in_proj_bias is not None,

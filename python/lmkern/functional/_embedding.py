@@ -64,6 +64,7 @@ def embedding(
         )  # fmt: skip
     limit = math.inf if max_norm is None or inplace else float(max_norm)
     if inplace:
+        assert max_norm is not None
         renorm(weight, input, max_norm, norm_type)
     if needs_grad(weight):
         return EmbeddingFunction.apply(
@@ -88,8 +89,10 @@ def check_max_norm_mode(op: str, mode: str) -> bool:
     return mode == "inplace"
 
 
-def renorm(weight: Tensor, input: Tensor, max_norm: float | None, norm_type: float) -> None:
+def renorm(
+    weight: Tensor, input: Tensor, max_norm: float, norm_type: float, *, kernel: bool = True
+) -> None:
     """Scale the rows that ``input`` names down to ``max_norm``, in place and outside of autograd."""
-    assert max_norm is not None
+    run = torch.ops.lmkern.embedding_renorm_ if kernel else torch.embedding_renorm_
     with torch.no_grad():
-        torch.ops.lmkern.embedding_renorm_(weight, input, float(max_norm), float(norm_type))
+        run(weight, input.contiguous(), float(max_norm), float(norm_type))

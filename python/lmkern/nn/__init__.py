@@ -2,6 +2,7 @@
 
 from lmkern.nn.attention import MultiheadAttention
 from lmkern.nn.embedding import Embedding
+from lmkern.nn.embedding_bag import EmbeddingBag
 from lmkern.nn.kv_cache import KVCache
 from lmkern.nn.position import (
     LearnedPosition,
@@ -21,6 +22,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "Embedding",
+    "EmbeddingBag",
     "GRUCell",
     "KVCache",
     "LSTMCell",

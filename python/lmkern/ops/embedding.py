@@ -34,7 +34,7 @@ def bucket(indices: Tensor, num_embeddings: int, padding_idx: int = -1) -> Bucke
     return Buckets(ids, starts, order)
 
 
-def _rows(weight: Tensor) -> Tensor:
+def contiguous_rows(weight: Tensor) -> Tensor:
     return weight if weight.stride(1) == 1 or weight.shape[1] <= 1 else weight.contiguous()
 
 
@@ -45,12 +45,12 @@ def _forward_fake(weight: Tensor, indices: Tensor, max_norm: float, norm_type: f
 def _forward_cpu(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
     out = _forward_fake(weight, indices, max_norm, norm_type)
     _C.prefer_huge_pages(out)
-    _C.embedding_forward(_rows(weight), indices.contiguous(), out, max_norm, norm_type)
+    _C.embedding_forward(contiguous_rows(weight), indices.contiguous(), out, max_norm, norm_type)
     return out
 
 
 def _renorm_cpu(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
-    rows = _rows(weight)
+    rows = contiguous_rows(weight)
     ids = bucket(indices.contiguous(), weight.shape[0]).ids
     _C.embedding_renorm(rows, ids, max_norm, norm_type)
     if rows is not weight:
@@ -97,34 +97,42 @@ define_op(
 
 
 def sparse_gradient(
-    d_out: Tensor,
-    indices: Tensor,
-    num_embeddings: int,
-    padding_idx: int,
-    scale_grad_by_freq: bool,
-    leaf: weakref.ref[Tensor] | None = None,
+    d_out: Tensor, indices: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
-    """The gradient as a coalesced sparse tensor [V, D]: int64 ids ascending, rows [U, D].
-
-    Becoming the ``grad`` of a leaf, it loses the mark of being coalesced; ``leaf``, a weak reference,
-    gets it back once this backward pass is over.
-    """
-    size = (num_embeddings, d_out.shape[-1])
+    """The gradient as a coalesced sparse tensor [V, D]: int64 ids ascending, rows [U, D]."""
     buckets = bucket(indices.contiguous(), num_embeddings, padding_idx)
-    values = d_out.new_empty(buckets.ids.shape[0], size[1])
-    _C.embedding_backward(_flat(d_out), *buckets, None, values, True, scale_grad_by_freq)
-    if leaf is not None:
-        data = values.data_ptr()  # not the tensor, of which AccumulateGrad must be the only owner
+    rows = d_out.new_empty(buckets.ids.shape[0], d_out.shape[-1])
+    _C.embedding_backward(_flat(d_out), *buckets, None, rows, True, scale_grad_by_freq)
+    return sparse_tensor(buckets.ids, rows, num_embeddings)
 
-        def mark() -> None:
-            grad = None if (weight := leaf()) is None else weight.grad
-            if grad is not None and grad.is_sparse and grad._values().data_ptr() == data:
-                grad._coalesced_(True)
 
-        torch.autograd.Variable._execution_engine.queue_callback(mark)
+def sparse_tensor(ids: Tensor, rows: Tensor, num_embeddings: int) -> Tensor:
+    """The coalesced sparse tensor [V, D] with these rows at these ascending ids."""
     return torch.sparse_coo_tensor(
-        buckets.ids.unsqueeze(0), values, size, check_invariants=False, is_coalesced=True
-    )
+        ids.unsqueeze(0), rows, (num_embeddings, rows.shape[1]),
+        check_invariants=False, is_coalesced=True,
+    )  # fmt: skip
+
+
+def weak_leaf(weight: Tensor) -> weakref.ref[Tensor] | None:
+    """A leaf whose ``grad`` :func:`mark_coalesced` may look at later."""
+    return weakref.ref(weight) if weight.is_leaf else None
+
+
+def mark_coalesced(leaf: weakref.ref[Tensor] | None, gradient: Tensor) -> None:
+    """Becoming the ``grad`` of a leaf, a sparse tensor loses the mark of being coalesced: set it again
+    when this backward pass is over."""
+    if leaf is None:
+        return
+    data = gradient._values().data_ptr()  # not a tensor: AccumulateGrad must be their only owner
+
+    def mark() -> None:
+        weight = leaf()
+        grad = None if weight is None else weight.grad
+        if grad is not None and grad.is_sparse and grad._values().data_ptr() == data:
+            grad._coalesced_(True)
+
+    torch.autograd.Variable._execution_engine.queue_callback(mark)
 
 
 def clip_norm_backward(rows: Tensor, d_out: Tensor, max_norm: float, norm_type: float) -> Tensor:
@@ -162,7 +170,7 @@ class EmbeddingFunction(torch.autograd.Function):
         # before backward.
         ctx.save_for_backward(indices, weight if max_norm < math.inf else None)
         ctx.rows, ctx.sparse = weight.shape[0], sparse
-        ctx.leaf = weakref.ref(weight) if sparse and weight.is_leaf else None
+        ctx.leaf = weak_leaf(weight) if sparse else None
         ctx.padding_idx, ctx.scale_grad_by_freq = padding_idx, scale_grad_by_freq
         ctx.norm = max_norm, norm_type
         return torch.ops.lmkern.embedding_forward(weight, indices, max_norm, norm_type)
@@ -183,7 +191,8 @@ class EmbeddingFunction(torch.autograd.Function):
                 rows = torch.ops.lmkern.embedding_forward(weight, indices, math.inf, 2.0)
                 d_out = clip_norm_backward(rows, d_out, *ctx.norm)
             if ctx.sparse:
-                d_weight = sparse_gradient(d_out, indices, ctx.rows, *lookup, ctx.leaf)
+                d_weight = sparse_gradient(d_out, indices, ctx.rows, *lookup)
+                mark_coalesced(ctx.leaf, d_weight)
             else:
                 d_weight = torch.ops.lmkern.embedding_backward(d_out, indices, ctx.rows, *lookup)
         return d_weight, None, None, None, None, None, None
