@@ -179,6 +179,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                {d_out, ids, starts, order, stale, d_weight, sparse, scale_grad_by_freq});
         });
 
+  m.def("embedding_clear", [](TensorView d_weight) { call(lmkern::embedding_clear, {d_weight}); });
+  m.def("embedding_is_clear", [](TensorView d_weight, TensorView written, std::int64_t samples) {
+    return call(lmkern::embedding_is_clear, {d_weight, written, samples});
+  });
+
   m.def("embedding_bag_forward",
         [](const Bags& bags, TensorView weight, TensorView out, TensorView winners) {
           call(lmkern::embedding_bag_forward, {embedding_bags(bags), weight, out, winners});

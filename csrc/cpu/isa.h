@@ -24,6 +24,8 @@ namespace lmkern::cpu {
   KERNEL(void, embedding_renorm, EmbeddingRenormArgs)                           \
   KERNEL(std::int64_t, embedding_buckets, EmbeddingBucketsArgs)                 \
   KERNEL(void, embedding_backward, EmbeddingBackwardArgs)                       \
+  KERNEL(void, embedding_clear, EmbeddingClearArgs)                             \
+  KERNEL(bool, embedding_is_clear, EmbeddingIsClearArgs)                        \
   KERNEL(void, embedding_bag_forward, EmbeddingBagForwardArgs)                  \
   KERNEL(void, embedding_bag_backward, EmbeddingBagBackwardArgs)                \
   KERNEL(void, embedding_bag_weights_backward, EmbeddingBagWeightsBackwardArgs) \

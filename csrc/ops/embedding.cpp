@@ -65,4 +65,23 @@ void embedding_backward(const EmbeddingBackwardArgs& a) {
   cpu::kernels().embedding_backward(a);
 }
 
+void embedding_clear(const EmbeddingClearArgs& a) {
+  const Check check("embedding_backward");
+  check.floating("d_weight", a.d_weight);
+  check.dims("d_weight", a.d_weight, 2, "[V, D]");
+  check.contiguous("d_weight", a.d_weight);
+  cpu::kernels().embedding_clear(a);
+}
+
+bool embedding_is_clear(const EmbeddingIsClearArgs& a) {
+  const Check check("embedding_backward");
+  check.floating("d_weight", a.d_weight);
+  check.dims("d_weight", a.d_weight, 2, "[V, D]");
+  check.contiguous("d_weight", a.d_weight);
+  if (a.written.defined())
+    check.tensor("written", a.written, DType::kInt64, {a.written.shape[0]}, "[K]");
+  if (a.samples < 1) check.fail("samples must be positive, got " + std::to_string(a.samples));
+  return cpu::kernels().embedding_is_clear(a);
+}
+
 }  // namespace lmkern

@@ -55,9 +55,23 @@ struct EmbeddingBackwardArgs {
   bool scale_grad_by_freq;
 };
 
+// Zeros where d_weight is not zero.
+struct EmbeddingClearArgs {
+  TensorView d_weight;  // [V, D] in, out
+};
+
+// Whether about `samples` evenly spaced rows that are not in `written` begin with zeros.
+struct EmbeddingIsClearArgs {
+  TensorView d_weight;  // [V, D]
+  TensorView written;   // [K] ascending, or absent
+  std::int64_t samples;
+};
+
 void embedding_forward(const EmbeddingForwardArgs& args);
 void embedding_renorm(const EmbeddingRenormArgs& args);
 std::int64_t embedding_buckets(const EmbeddingBucketsArgs& args);  // U
 void embedding_backward(const EmbeddingBackwardArgs& args);
+void embedding_clear(const EmbeddingClearArgs& args);
+bool embedding_is_clear(const EmbeddingIsClearArgs& args);
 
 }  // namespace lmkern

@@ -26,6 +26,7 @@ def embedding(
     sparse: bool = False,
     *,
     max_norm_mode: str = "inplace",
+    reuse_grad: bool = True,
 ) -> Tensor:
     """Rows of ``weight``: out[..., :] = weight[input[...], :].
 
@@ -44,6 +45,10 @@ def embedding(
         max_norm_mode: "inplace" scales the rows in ``weight`` itself before the lookup, outside of
             autograd, as torch does. "functional" leaves ``weight`` alone and scales what is looked
             up; the gradient is that of the scaled row.
+        reuse_grad: keep the memory of the dense gradient for the next step, which then costs what the
+            touched rows cost, not V (lmkern/ops/gradient_buffer.py: when and how; V D elements stay
+            allocated). Turn it off for a ``weight.grad`` that is written to behind autograd's back,
+            through ``.data``, NumPy or a pointer.
 
     Returns:
         [*input, D].
@@ -68,7 +73,7 @@ def embedding(
         renorm(weight, input, max_norm, norm_type)
     if needs_grad(weight):
         return EmbeddingFunction.apply(
-            weight, input, padding, scale_grad_by_freq, sparse, limit, float(norm_type)
+            weight, input, padding, scale_grad_by_freq, sparse, limit, float(norm_type), reuse_grad
         )
     return torch.ops.lmkern.embedding_forward(weight, input, limit, float(norm_type))
 

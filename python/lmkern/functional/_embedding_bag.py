@@ -25,6 +25,8 @@ def embedding_bag(
     per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
+    *,
+    reuse_grad: bool = True,
 ) -> Tensor:
     """Sum, mean or maximum of the rows of ``weight`` in each bag, without the rows in between.
 
@@ -46,6 +48,7 @@ def embedding_bag(
             Differentiable. The mean is still over the number of rows: sum(w x) / count (torch: only
             for sum).
         padding_idx: rows of this index belong to no bag and get no gradient.
+        reuse_grad: as for :func:`~lmkern.functional.embedding`.
 
     Returns:
         [B, D].
@@ -92,7 +95,14 @@ def embedding_bag(
     options = include_last_offset, MODES.index(mode), padding
     if needs_grad(weight, per_sample_weights):
         return EmbeddingBagFunction.apply(
-            weight, per_sample_weights, input, offsets, *options, scale_grad_by_freq, sparse
+            weight,
+            per_sample_weights,
+            input,
+            offsets,
+            *options,
+            scale_grad_by_freq,
+            sparse,
+            reuse_grad,
         )
     return torch.ops.lmkern.embedding_bag_forward(
         weight, input, offsets, per_sample_weights, *options, False

@@ -18,6 +18,7 @@ class Embedding(torch.nn.Embedding):
     Args:
         max_norm_mode: "inplace" (as torch) or "functional", which leaves ``weight`` alone; see
             :func:`lmkern.functional.embedding`, also for how a sparse gradient differs from torch's.
+        reuse_grad: keep the memory of the dense gradient for the next step; see there, too.
 
     Shape: input [*] int32 or int64 -> [*, embedding_dim].
 
@@ -25,7 +26,8 @@ class Embedding(torch.nn.Embedding):
         IndexError: an index outside [0, num_embeddings), naming index, position and V.
     """
 
-    max_norm_mode: str
+    max_norm_mode: str = "inplace"
+    reuse_grad: bool = True
 
     def __init__(
         self,
@@ -42,12 +44,13 @@ class Embedding(torch.nn.Embedding):
         dtype: Any = None,
         *,
         max_norm_mode: str = "inplace",
+        reuse_grad: bool = True,
     ) -> None:
         super().__init__(
             num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq,
             sparse, _weight, _freeze, device, dtype,
         )  # fmt: skip
-        self.max_norm_mode = max_norm_mode
+        self.max_norm_mode, self.reuse_grad = max_norm_mode, reuse_grad
 
     def forward(self, input: Tensor) -> Tensor:
         return embedding(
@@ -59,4 +62,5 @@ class Embedding(torch.nn.Embedding):
             self.scale_grad_by_freq,
             self.sparse,
             max_norm_mode=self.max_norm_mode,
+            reuse_grad=self.reuse_grad,
         )

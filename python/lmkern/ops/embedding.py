@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lmkern import _C, reference
-from lmkern.ops.library import define_op, reference_backward
+from lmkern.ops.gradient_buffer import GradientBuffer, buffer_of, fill_gradient
+from lmkern.ops.library import define_op, is_plain_backward, reference_backward
 
 
 class Buckets(NamedTuple):
@@ -68,10 +69,24 @@ def _backward_fake(
 def _backward_cpu(
     d_out: Tensor, indices: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
-    d_weight = d_out.new_zeros(num_embeddings, d_out.shape[-1])
-    buckets = bucket(indices.contiguous(), num_embeddings, padding_idx)
-    _C.embedding_backward(_flat(d_out), *buckets, None, d_weight, False, scale_grad_by_freq)
-    return d_weight
+    return dense_gradient(d_out, indices, num_embeddings, padding_idx, scale_grad_by_freq, None)
+
+
+def dense_gradient(
+    d_out: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    buffer: GradientBuffer | None,
+) -> Tensor:
+    """The gradient [V, D], in the weight's buffer or in fresh memory."""
+    buckets, rows = bucket(indices.contiguous(), num_embeddings, padding_idx), _flat(d_out)
+
+    def write(gradient: Tensor, stale: Tensor | None) -> None:
+        _C.embedding_backward(rows, *buckets, stale, gradient, False, scale_grad_by_freq)
+
+    return fill_gradient(buffer, (num_embeddings, rows.shape[1]), rows.dtype, buckets.ids, write)
 
 
 def _flat(d_out: Tensor) -> Tensor:
@@ -157,20 +172,23 @@ def clip_norm_backward(rows: Tensor, d_out: Tensor, max_norm: float, norm_type: 
 
 
 class EmbeddingFunction(torch.autograd.Function):
-    """(weight, indices, padding_idx or -1, scale_grad_by_freq, sparse, max_norm, norm_type) -> rows.
-
-    ``max_norm`` is that of the scaled lookup, infinity for none.
+    """(weight, indices, padding_idx or -1, scale_grad_by_freq, sparse, max_norm, norm_type, reuse_grad)
+    -> rows. ``max_norm`` is that of the scaled lookup, infinity for none.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, weight, indices, padding_idx, scale_grad_by_freq, sparse, max_norm, norm_type
-    ):
+        ctx: Any, weight, indices, padding_idx, scale_grad_by_freq, sparse, max_norm, norm_type,
+        reuse_grad,
+    ):  # fmt: skip
         # The weight only where it is scaled: a plain lookup is linear in it, and it may change
         # before backward.
         ctx.save_for_backward(indices, weight if max_norm < math.inf else None)
         ctx.rows, ctx.sparse = weight.shape[0], sparse
         ctx.leaf = weak_leaf(weight) if sparse else None
+        ctx.buffer = None
+        if not sparse and not torch.compiler.is_compiling():
+            ctx.buffer = buffer_of(weight, reuse_grad)
         ctx.padding_idx, ctx.scale_grad_by_freq = padding_idx, scale_grad_by_freq
         ctx.norm = max_norm, norm_type
         return torch.ops.lmkern.embedding_forward(weight, indices, max_norm, norm_type)
@@ -193,6 +211,8 @@ class EmbeddingFunction(torch.autograd.Function):
             if ctx.sparse:
                 d_weight = sparse_gradient(d_out, indices, ctx.rows, *lookup)
                 mark_coalesced(ctx.leaf, d_weight)
+            elif ctx.buffer is not None and is_plain_backward(d_out):
+                d_weight = dense_gradient(d_out, indices, ctx.rows, *lookup, ctx.buffer)
             else:
                 d_weight = torch.ops.lmkern.embedding_backward(d_out, indices, ctx.rows, *lookup)
-        return d_weight, None, None, None, None, None, None
+        return d_weight, None, None, None, None, None, None, None

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lmkern import _C, reference
 from lmkern.ops.embedding import bucket, contiguous_rows, mark_coalesced, sparse_tensor, weak_leaf
-from lmkern.ops.library import define_op, reference_backward
+from lmkern.ops.gradient_buffer import GradientBuffer, buffer_of, fill_gradient
+from lmkern.ops.library import define_op, is_plain_backward, reference_backward
 
 MODES = ("sum", "mean", "max")  # lmkern::BagMode, in its order
 _MAX = MODES.index("max")
@@ -63,7 +64,9 @@ def _gradient(
     num_embeddings: int,
     scale_grad_by_freq: bool,
     sparse: bool,
+    buffer: GradientBuffer | None,
 ) -> Tensor:
+    """The gradient of the weight, sparse or dense; the dense one in the buffer, if there is one."""
     bags = _contiguous(bags)
     indices, offsets, _, include_last_offset, mode, padding_idx = bags
     if offsets is not None and include_last_offset:  # positions past the last offset are in no bag
@@ -71,13 +74,19 @@ def _gradient(
     elif offsets is not None and offsets.shape[0] == 0:
         indices = indices[:0]
     buckets = bucket(indices, num_embeddings, padding_idx)
-    shape = (buckets.ids.shape[0] if sparse else num_embeddings, d_out.shape[1])
-    target = d_out.new_empty(shape) if sparse else d_out.new_zeros(shape)
-    _C.embedding_bag_backward(
-        bags, d_out.contiguous(), winners if mode == _MAX else None, *buckets, None, target, sparse,
-        scale_grad_by_freq,
-    )  # fmt: skip
-    return sparse_tensor(buckets.ids, target, num_embeddings) if sparse else target
+    d_out, winning = d_out.contiguous(), winners if mode == _MAX else None
+
+    def write(gradient: Tensor, stale: Tensor | None) -> None:
+        _C.embedding_bag_backward(
+            bags, d_out, winning, *buckets, stale, gradient, sparse, scale_grad_by_freq
+        )
+
+    if sparse:
+        rows = d_out.new_empty(buckets.ids.shape[0], d_out.shape[1])
+        write(rows, None)
+        return sparse_tensor(buckets.ids, rows, num_embeddings)
+    shape = num_embeddings, d_out.shape[1]
+    return fill_gradient(buffer, shape, d_out.dtype, buckets.ids, write)
 
 
 def _backward_fake(d_out: Tensor, winners: Tensor, *rest: Any) -> Tensor:
@@ -86,7 +95,7 @@ def _backward_fake(d_out: Tensor, winners: Tensor, *rest: Any) -> Tensor:
 
 def _backward_cpu(d_out: Tensor, winners: Tensor, *rest: Any) -> Tensor:
     *bags, num_embeddings, scale_grad_by_freq = rest
-    return _gradient(d_out, winners, tuple(bags), num_embeddings, scale_grad_by_freq, False)  # type: ignore[arg-type]
+    return _gradient(d_out, winners, tuple(bags), num_embeddings, scale_grad_by_freq, False, None)  # type: ignore[arg-type]
 
 
 def _weights_backward_fake(d_out: Tensor, winners: Tensor, weight: Tensor, *bags: Any) -> Tensor:
@@ -122,12 +131,12 @@ define_op(
 
 class EmbeddingBagFunction(torch.autograd.Function):
     """(weight, per_sample_weights or None, indices, offsets or None, include_last_offset, mode's number,
-    padding_idx or -1, scale_grad_by_freq, sparse) -> [B, D]."""
+    padding_idx or -1, scale_grad_by_freq, sparse, reuse_grad) -> [B, D]."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, weight, per_sample_weights, indices, offsets, include_last_offset, mode, padding_idx,
-        scale_grad_by_freq, sparse,
+        scale_grad_by_freq, sparse, reuse_grad,
     ):  # fmt: skip
         options = include_last_offset, mode, padding_idx
         out, winners = torch.ops.lmkern.embedding_bag_forward(
@@ -140,6 +149,9 @@ class EmbeddingBagFunction(torch.autograd.Function):
         ctx.rows, ctx.options = weight.shape[0], options
         ctx.scale_grad_by_freq, ctx.sparse = scale_grad_by_freq, sparse
         ctx.leaf = weak_leaf(weight) if sparse else None
+        ctx.buffer = None
+        if ctx.needs_input_grad[0] and not sparse and not torch.compiler.is_compiling():
+            ctx.buffer = buffer_of(weight, reuse_grad)
         return out
 
     @staticmethod
@@ -151,18 +163,21 @@ class EmbeddingBagFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             d_weight, d_samples = _reference_backward(ctx, d_out, weight, bags, winners)
         else:
+            by_freq = ctx.scale_grad_by_freq
             if need_weight and ctx.sparse:
-                d_weight = _gradient(d_out, winners, bags, ctx.rows, ctx.scale_grad_by_freq, True)
+                d_weight = _gradient(d_out, winners, bags, ctx.rows, by_freq, True, None)
                 mark_coalesced(ctx.leaf, d_weight)
+            elif need_weight and ctx.buffer is not None and is_plain_backward(d_out):
+                d_weight = _gradient(d_out, winners, bags, ctx.rows, by_freq, False, ctx.buffer)
             elif need_weight:
                 d_weight = torch.ops.lmkern.embedding_bag_backward(
-                    d_out, winners, *bags, ctx.rows, ctx.scale_grad_by_freq
+                    d_out, winners, *bags, ctx.rows, by_freq
                 )
             if need_samples:
                 d_samples = torch.ops.lmkern.embedding_bag_weights_backward(
                     d_out, winners, weight, *bags
                 )
-        return d_weight, d_samples, None, None, None, None, None, None, None
+        return d_weight, d_samples, None, None, None, None, None, None, None, None
 
 
 def _reference_backward(
