@@ -43,6 +43,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]]
         lambda: nn.Embedding(I, H, scale_grad_by_freq=True),
         lambda: (torch.randint(I, (B, T)),),
     ),
+    "embedding-bag": (
+        lambda: nn.EmbeddingBag(I, H, mode="max", padding_idx=2),
+        lambda: (torch.randint(I, (B, T)),),
+    ),
     "attention": (
         lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=5, add_bias_kv=True, batch_first=True),
         lambda: (torch.randn(B, T, 8), torch.randn(B, 4, 6), torch.randn(B, 4, 5)),
@@ -178,7 +182,7 @@ def test_random_models_are_swapped_completely_and_given_back(seed):
     places = [(n, id(m)) for n, m in model.named_modules(remove_duplicate=False)]
     state = [(n, p.data_ptr()) for n, p in model.state_dict().items()]
     keys = [m.__dict__.keys() for m in modules]
-    wanted = [m for m in modules if type(m).__name__ in KINDS and not getattr(m, "sparse", False)]
+    wanted = [m for m in modules if type(m).__name__ in KINDS]
 
     report = lmkern.convert(model)
 
@@ -186,8 +190,8 @@ def test_random_models_are_swapped_completely_and_given_back(seed):
         layer.names[0] for layer in report.swapped
     ]
     assert {id(m) for m in model.modules() if is_ours(m)} == {id(m) for m in wanted}
-    assert all(layer.reason == "no kernel for sparse=True" for layer in report.left)
-    for layer in (*report.swapped, *report.left):
+    assert not report.left
+    for layer in report.swapped:
         module = id(model.get_submodule(layer.names[0]))
         assert list(layer.names) == [name for name, other in places if other == module]
     assert places == [(n, id(m)) for n, m in model.named_modules(remove_duplicate=False)]

@@ -77,7 +77,6 @@ def quantization_aware() -> nn.Module:
         (lazy, "its parameters are not initialised yet"),
         (changed_shape, f"weight must be [{I}, {H}], got [{I + 1}, {H}]"),
         (tensor_subclass, "weight is a Subclassed"),
-        (lambda: nn.Embedding(I, H, max_norm=1.0), "no kernel for max_norm"),
         (lambda: nn.Embedding(I, H, dtype=torch.complex64), "no kernel for torch.complex64"),
         (lambda: nn.RNNCell(0, H, nonlinearity="relu"), None),
         (lambda: torch.jit.script(nn.LSTMCell(I, H)), "it is TorchScript"),

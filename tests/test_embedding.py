@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -123,8 +124,10 @@ def test_gradcheck():
 
 def test_opcheck():
     weight, ids = torch.randn(6, 3), torch.tensor([[1, 5], [1, 0]])
-    torch.library.opcheck(torch.ops.lmkern.embedding_forward.default, (weight, ids))
-    out = torch.ops.lmkern.embedding_forward(weight, ids)
+    for norm in ((math.inf, 2.0), (1.0, 3.0)):
+        torch.library.opcheck(torch.ops.lmkern.embedding_forward.default, (weight, ids, *norm))
+    torch.library.opcheck(torch.ops.lmkern.embedding_renorm_.default, (weight, ids, 1.0, 2.0))
+    out = torch.ops.lmkern.embedding_forward(weight, ids, math.inf, 2.0)
     torch.library.opcheck(torch.ops.lmkern.embedding_backward.default, (out, ids, 6, -1, False))
 
 
@@ -145,7 +148,12 @@ def test_functorch():
 
 
 def test_layer_is_torchs_but_for_the_lookup():
-    assert inspect.signature(lmkern.nn.Embedding) == inspect.signature(torch.nn.Embedding)
+    ours, theirs = (inspect.signature(m.Embedding).parameters for m in (lmkern.nn, torch.nn))
+    extras = [name for name in ours if name not in theirs]
+    assert [(p.name, p.default) for p in theirs.values()] == [
+        (p.name, p.default) for p in ours.values() if p.name in theirs
+    ]
+    assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in extras)
     torch.manual_seed(1)
     ours = lmkern.nn.Embedding(10, 4, padding_idx=-2)
     torch.manual_seed(1)
@@ -158,19 +166,6 @@ def test_layer_is_torchs_but_for_the_lookup():
     assert torch.equal(ours.weight.grad, theirs.weight.grad)
     table = torch.randn(5, 2)
     assert torch.equal(lmkern.nn.Embedding.from_pretrained(table)(torch.tensor([4])), table[4:])
-
-
-@pytest.mark.usefixtures("fallback_allowed")
-@pytest.mark.parametrize("options", [{"sparse": True}, {"max_norm": 1.0}], ids=str)
-def test_options_without_a_kernel(options):
-    ids = torch.tensor([1, 2, 1])
-    torch.manual_seed(1)
-    ours = lmkern.nn.Embedding(5, 3, **options)
-    torch.manual_seed(1)
-    theirs = torch.nn.Embedding(5, 3, **options)
-    assert torch.equal(ours(ids), theirs(ids))
-    ours(ids).sum().backward()
-    assert ours.weight.grad.is_sparse == bool(options.get("sparse"))
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ namespace {
 
 // Runs a kernel without the GIL: views hold copies of shape and strides, and the caller's tensors
 // stay alive for the length of the call.
-template <class Args>
-void call(void (*op)(const Args&), const Args& args) {
+template <class Result, class Args>
+Result call(Result (*op)(const Args&), const Args& args) {
   py::gil_scoped_release released;
-  op(args);
+  return op(args);
 }
 
 lmkern::VecFunction vec_function(const std::string& name) {
@@ -39,6 +39,15 @@ using Problem = std::tuple<TensorView, TensorView, TensorView, TensorView, Tenso
 lmkern::AttentionProblem attention_problem(const Problem& members) {
   return std::apply([](const auto&... member) { return lmkern::AttentionProblem{member...}; },
                     members);
+}
+
+// EmbeddingBags, member by member.
+using Bags = std::tuple<TensorView, TensorView, TensorView, bool, int, std::int64_t>;
+
+lmkern::EmbeddingBags embedding_bags(const Bags& bags) {
+  const auto& [indices, offsets, weights, include_last_offset, mode, padding_idx] = bags;
+  return {indices,    offsets, weights, include_last_offset, static_cast<lmkern::BagMode>(mode),
+          padding_idx};
 }
 
 }  // namespace
@@ -149,12 +158,47 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           call(lmkern::attention_weights, {attention_problem(problem), lse, weights, only_keep});
         });
 
-  m.def("embedding_forward", [](TensorView weight, TensorView indices, TensorView out) {
-    call(lmkern::embedding_forward, {weight, indices, out});
+  m.def("embedding_forward", [](TensorView weight, TensorView indices, TensorView out,
+                                double max_norm, double norm_type) {
+    call(lmkern::embedding_forward, {weight, indices, out, max_norm, norm_type});
   });
-  m.def("embedding_backward", [](TensorView d_out, TensorView indices, TensorView d_weight,
-                                 std::int64_t padding_idx, bool scale_grad_by_freq) {
-    call(lmkern::embedding_backward, {d_out, indices, d_weight, padding_idx, scale_grad_by_freq});
+  m.def("embedding_renorm",
+        [](TensorView weight, TensorView ids, double max_norm, double norm_type) {
+          call(lmkern::embedding_renorm, {weight, ids, max_norm, norm_type});
+        });
+  m.def("embedding_buckets",
+        [](TensorView indices, std::int64_t num_embeddings, std::int64_t padding_idx,
+           TensorView ids, TensorView starts, TensorView order) {
+          return call(lmkern::embedding_buckets,
+                      {indices, num_embeddings, padding_idx, ids, starts, order});
+        });
+  m.def("embedding_backward",
+        [](TensorView d_out, TensorView ids, TensorView starts, TensorView order, TensorView stale,
+           TensorView d_weight, bool sparse, bool scale_grad_by_freq) {
+          call(lmkern::embedding_backward,
+               {d_out, ids, starts, order, stale, d_weight, sparse, scale_grad_by_freq});
+        });
+
+  m.def("embedding_clear", [](TensorView d_weight) { call(lmkern::embedding_clear, {d_weight}); });
+  m.def("embedding_is_clear", [](TensorView d_weight, TensorView written, std::int64_t samples) {
+    return call(lmkern::embedding_is_clear, {d_weight, written, samples});
+  });
+
+  m.def("embedding_bag_forward",
+        [](const Bags& bags, TensorView weight, TensorView out, TensorView winners) {
+          call(lmkern::embedding_bag_forward, {embedding_bags(bags), weight, out, winners});
+        });
+  m.def("embedding_bag_backward", [](const Bags& bags, TensorView d_out, TensorView winners,
+                                     TensorView ids, TensorView starts, TensorView order,
+                                     TensorView stale, TensorView d_weight, bool sparse,
+                                     bool scale_grad_by_freq) {
+    call(lmkern::embedding_bag_backward, {embedding_bags(bags), d_out, winners, ids, starts, order,
+                                          stale, d_weight, sparse, scale_grad_by_freq});
+  });
+  m.def("embedding_bag_weights_backward", [](const Bags& bags, TensorView d_out, TensorView winners,
+                                             TensorView weight, TensorView d_per_sample_weights) {
+    call(lmkern::embedding_bag_weights_backward,
+         {embedding_bags(bags), d_out, winners, weight, d_per_sample_weights});
   });
 
   m.def("cross_entropy_forward",
@@ -194,8 +238,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("matmul", [](TensorView a, TensorView b, TensorView bias, TensorView out, bool transpose_a,
                      bool transpose_b, bool accumulate) {
-    py::gil_scoped_release released;
-    return lmkern::matmul({a, b, bias, out, transpose_a, transpose_b, accumulate});
+    return call(lmkern::matmul, {a, b, bias, out, transpose_a, transpose_b, accumulate});
   });
 
   m.def("vec_math", [](const std::string& function, TensorView x, TensorView out) {

@@ -7,6 +7,7 @@
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
+#include "ops/embedding_bag.h"
 #include "ops/matmul.h"
 #include "ops/recurrent.h"
 #include "ops/rotary.h"
@@ -16,20 +17,27 @@ namespace lmkern::cpu {
 
 // Every kernel of csrc/cpu: what it returns, its name, its arguments. Each instruction set's build
 // defines all of them in its own namespace; csrc/cpu/table.cpp collects them.
-#define LMKERN_KERNELS(KERNEL)                                     \
-  KERNEL(void, attention_forward, AttentionForwardArgs)            \
-  KERNEL(void, attention_backward, AttentionBackwardArgs)          \
-  KERNEL(void, attention_weights, AttentionWeightsArgs)            \
-  KERNEL(void, cross_entropy_forward, CrossEntropyForwardArgs)     \
-  KERNEL(void, cross_entropy_backward, CrossEntropyBackwardArgs)   \
-  KERNEL(void, embedding_forward, EmbeddingForwardArgs)            \
-  KERNEL(void, embedding_backward, EmbeddingBackwardArgs)          \
-  KERNEL(bool, matmul, MatmulArgs)                                 \
-  KERNEL(void, recurrent_forward, RecurrentForwardArgs)            \
-  KERNEL(void, recurrent_backward, RecurrentBackwardArgs)          \
-  KERNEL(void, recurrent_step, RecurrentStepArgs)                  \
-  KERNEL(void, recurrent_step_backward, RecurrentStepBackwardArgs) \
-  KERNEL(void, rotary_embedding, RotaryArgs)                       \
+#define LMKERN_KERNELS(KERNEL)                                                  \
+  KERNEL(void, attention_forward, AttentionForwardArgs)                         \
+  KERNEL(void, attention_backward, AttentionBackwardArgs)                       \
+  KERNEL(void, attention_weights, AttentionWeightsArgs)                         \
+  KERNEL(void, cross_entropy_forward, CrossEntropyForwardArgs)                  \
+  KERNEL(void, cross_entropy_backward, CrossEntropyBackwardArgs)                \
+  KERNEL(void, embedding_forward, EmbeddingForwardArgs)                         \
+  KERNEL(void, embedding_backward, EmbeddingBackwardArgs)                       \
+  KERNEL(bool, matmul, MatmulArgs)                                              \
+  KERNEL(void, recurrent_forward, RecurrentForwardArgs)                         \
+  KERNEL(void, recurrent_backward, RecurrentBackwardArgs)                       \
+  KERNEL(void, recurrent_step, RecurrentStepArgs)                               \
+  KERNEL(void, recurrent_step_backward, RecurrentStepBackwardArgs)              \
+  KERNEL(void, rotary_embedding, RotaryArgs)                                    \
+  KERNEL(void, embedding_renorm, EmbeddingRenormArgs)                           \
+  KERNEL(std::int64_t, embedding_buckets, EmbeddingBucketsArgs)                 \
+  KERNEL(void, embedding_clear, EmbeddingClearArgs)                             \
+  KERNEL(bool, embedding_is_clear, EmbeddingIsClearArgs)                        \
+  KERNEL(void, embedding_bag_forward, EmbeddingBagForwardArgs)                  \
+  KERNEL(void, embedding_bag_backward, EmbeddingBagBackwardArgs)                \
+  KERNEL(void, embedding_bag_weights_backward, EmbeddingBagWeightsBackwardArgs) \
   KERNEL(void, vec_math, VecMathArgs)
 
 struct Kernels {

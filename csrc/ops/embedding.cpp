@@ -1,39 +1,11 @@
 #include "ops/embedding.h"
 
 #include "core/check.h"
-#include "core/dispatch.h"
 #include "cpu/isa.h"
+#include "ops/indices.h"
 
 namespace lmkern {
 namespace {
-
-std::string position_string(const TensorView& indices, std::int64_t flat) {
-  TensorView at = indices;
-  for (int i = indices.ndim - 1; i >= 0; --i) {
-    at.shape[i] = flat % indices.shape[i];
-    flat /= indices.shape[i];
-  }
-  return shape_string(at);
-}
-
-void check_indices(const Check& check, const TensorView& indices, std::int64_t rows) {
-  if (indices.dtype != DType::kInt32 && indices.dtype != DType::kInt64)
-    check.fail_type(std::string("input must be int32 or int64, got ") + dtype_name(indices.dtype));
-  check.dtype("input", indices, indices.dtype);
-  check.contiguous("input", indices);
-  dispatch_index_types(indices.dtype, [&](auto tag) {
-    using I = typename decltype(tag)::type;
-    const I* index = indices.ptr<const I>();
-    const std::int64_t n = indices.numel();
-    bool valid = true;
-    for (std::int64_t i = 0; i < n; ++i) valid &= index[i] >= 0 && index[i] < rows;
-    for (std::int64_t i = 0; !valid && i < n; ++i)
-      if (index[i] < 0 || index[i] >= rows)
-        check.fail_index("index " + std::to_string(index[i]) + " at position " +
-                         position_string(indices, i) +
-                         " is out of range for V = " + std::to_string(rows));
-  });
-}
 
 // rows: [..., D], one for each index.
 void check_rows(const Check& check, const char* name, const TensorView& rows,
@@ -59,15 +31,57 @@ void embedding_forward(const EmbeddingForwardArgs& a) {
   cpu::kernels().embedding_forward(a);
 }
 
+void embedding_renorm(const EmbeddingRenormArgs& a) {
+  const Check check("embedding");
+  check.floating("weight", a.weight);
+  check.dims("weight", a.weight, 2, "[V, D]");
+  check.last_contiguous("weight", a.weight);
+  check.dims("ids", a.ids, 1, "[U]");
+  check.dtype("ids", a.ids, DType::kInt64);
+  check_indices(check, a.ids, a.weight.shape[0]);
+  cpu::kernels().embedding_renorm(a);
+}
+
+std::int64_t embedding_buckets(const EmbeddingBucketsArgs& a) {
+  const Check check("embedding");
+  const std::int64_t n = a.indices.numel();
+  const std::int64_t most = n < a.num_embeddings ? n : a.num_embeddings;
+  check.tensor("ids", a.ids, DType::kInt64, {most}, "[min(N, V)]");
+  check.tensor("starts", a.starts, DType::kInt64, {most + 1}, "[min(N, V) + 1]");
+  check.tensor("order", a.order, DType::kInt64, {n}, "[N]");
+  check_indices(check, a.indices, a.num_embeddings);
+  if (n > 0 && static_cast<std::uint64_t>(n) > ~std::uint64_t{0} / 4 / a.num_embeddings)
+    check.fail("N V must be below 2^62");
+  return cpu::kernels().embedding_buckets(a);
+}
+
 void embedding_backward(const EmbeddingBackwardArgs& a) {
+  const Check check("embedding_backward");
+  check.dims("d_out", a.d_out, 2, "[N, D]");
+  check_bucketed_gradient(check, {a.ids, a.starts, a.order, a.stale, a.d_weight, a.sparse},
+                          a.d_out.shape[0]);
+  check.tensor("d_out", a.d_out, a.d_weight.dtype, {a.d_out.shape[0], a.d_weight.shape[1]},
+               "[N, D]");
+  cpu::kernels().embedding_backward(a);
+}
+
+void embedding_clear(const EmbeddingClearArgs& a) {
   const Check check("embedding_backward");
   check.floating("d_weight", a.d_weight);
   check.dims("d_weight", a.d_weight, 2, "[V, D]");
   check.contiguous("d_weight", a.d_weight);
-  check.dtype("d_out", a.d_out, a.d_weight.dtype);
-  check_rows(check, "d_out", a.d_out, a.indices, a.d_weight.shape[1]);
-  check_indices(check, a.indices, a.d_weight.shape[0]);
-  cpu::kernels().embedding_backward(a);
+  cpu::kernels().embedding_clear(a);
+}
+
+bool embedding_is_clear(const EmbeddingIsClearArgs& a) {
+  const Check check("embedding_backward");
+  check.floating("d_weight", a.d_weight);
+  check.dims("d_weight", a.d_weight, 2, "[V, D]");
+  check.contiguous("d_weight", a.d_weight);
+  if (a.written.defined())
+    check.tensor("written", a.written, DType::kInt64, {a.written.shape[0]}, "[K]");
+  if (a.samples < 1) check.fail("samples must be positive, got " + std::to_string(a.samples));
+  return cpu::kernels().embedding_is_clear(a);
 }
 
 }  // namespace lmkern

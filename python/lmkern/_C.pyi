@@ -128,9 +128,51 @@ def attention_backward(
 def attention_weights(
     problem: tuple[Any, ...], lse: Tensor, weights: Tensor, only_keep: bool
 ) -> None: ...
-def embedding_forward(weight: Tensor, indices: Tensor, out: Tensor) -> None: ...
+def embedding_forward(
+    weight: Tensor, indices: Tensor, out: Tensor, max_norm: float, norm_type: float
+) -> None: ...
+def embedding_renorm(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> None: ...
+def embedding_buckets(
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    ids: Tensor,
+    starts: Tensor,
+    order: Tensor,
+) -> int: ...
 def embedding_backward(
-    d_out: Tensor, indices: Tensor, d_weight: Tensor, padding_idx: int, scale_grad_by_freq: bool
+    d_out: Tensor,
+    ids: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    stale: Tensor | None,
+    d_weight: Tensor,
+    sparse: bool,
+    scale_grad_by_freq: bool,
+) -> None: ...
+def embedding_clear(d_weight: Tensor) -> None: ...
+def embedding_is_clear(d_weight: Tensor, written: Tensor | None, samples: int) -> bool: ...
+def embedding_bag_forward(
+    bags: tuple[Any, ...], weight: Tensor, out: Tensor, winners: Tensor | None
+) -> None: ...
+def embedding_bag_backward(
+    bags: tuple[Any, ...],
+    d_out: Tensor,
+    winners: Tensor | None,
+    ids: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    stale: Tensor | None,
+    d_weight: Tensor,
+    sparse: bool,
+    scale_grad_by_freq: bool,
+) -> None: ...
+def embedding_bag_weights_backward(
+    bags: tuple[Any, ...],
+    d_out: Tensor,
+    winners: Tensor | None,
+    weight: Tensor,
+    d_per_sample_weights: Tensor,
 ) -> None: ...
 def cross_entropy_forward(
     logits: Tensor,

@@ -64,11 +64,8 @@ KINDS: dict[str, Kind] = {
     "RNNCell": Kind(),
     "LSTMCell": Kind(),
     "GRUCell": Kind(),
-    "Embedding": Kind(
-        no_kernel=lambda layer: (
-            "max_norm" if layer.max_norm is not None else "sparse=True" if layer.sparse else None
-        )
-    ),
+    "Embedding": Kind(),
+    "EmbeddingBag": Kind(),
     "Linear": Kind({"bias": lambda layer: layer.bias is not None}),
     "CrossEntropyLoss": Kind(),
     "AdaptiveLogSoftmaxWithLoss": Kind({"cutoffs": lambda layer: layer.cutoffs[:-1]}),

@@ -9,6 +9,7 @@ expected and what came; nothing has been computed then.
 """
 
 from lmkern.functional._embedding import embedding
+from lmkern.functional._embedding_bag import embedding_bag
 from lmkern.functional._linear import linear
 from lmkern.functional.attention import scaled_dot_product_attention
 from lmkern.functional.loss import cross_entropy, linear_cross_entropy
@@ -19,6 +20,7 @@ from lmkern.functional.recurrent_cell import gru_cell, lstm_cell, rnn_cell
 __all__ = [
     "cross_entropy",
     "embedding",
+    "embedding_bag",
     "gru",
     "gru_cell",
     "linear",

@@ -160,7 +160,9 @@ def linear_cross_entropy(
     check_shape(op, "linear_bias", linear_bias, linear_weight.shape[:-1], "[C]")
     if linear_weight.dim() > 2:
         if shift:
-            raise ValueError(f"{op}: shift must be False with a linear_weight of several dimensions")
+            raise ValueError(
+                f"{op}: shift must be False with a linear_weight of several dimensions"
+            )
         bias = None if linear_bias is None else linear_bias.flatten()
         logits = linear(input, linear_weight.flatten(0, -2), bias)
         return cross_entropy(

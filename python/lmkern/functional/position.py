@@ -80,7 +80,9 @@ def _as_tables(query: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor | None, 
     wide = accumulate_dtype(query.dtype)
     if cos.dim() == 2:
         cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
-    elif cos.dim() == query.dim() == 4 and cos.shape[1] == 1 and cos.shape[0] in (1, query.shape[0]):
+    elif (
+        cos.dim() == query.dim() == 4 and cos.shape[1] == 1 and cos.shape[0] in (1, query.shape[0])
+    ):
         cos, sin = cos.squeeze(1), sin.squeeze(1)
     else:
         return None, None

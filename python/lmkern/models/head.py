@@ -39,6 +39,4 @@ class Head(nn.Linear):
         logits = F.linear(input, self.weight, self.bias)
         if targets is None:
             return logits
-        return F.cross_entropy(
-            logits.float().flatten(0, -2), targets.flatten(), reduction="sum"
-        )
+        return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum")

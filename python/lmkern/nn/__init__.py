@@ -3,6 +3,7 @@
 from lmkern.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss
 from lmkern.nn.attention import MultiheadAttention
 from lmkern.nn.embedding import Embedding
+from lmkern.nn.embedding_bag import EmbeddingBag
 from lmkern.nn.kv_cache import KVCache
 from lmkern.nn.linear import Linear
 from lmkern.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
@@ -26,6 +27,7 @@ __all__ = [
     "AdaptiveLogSoftmaxWithLoss",
     "CrossEntropyLoss",
     "Embedding",
+    "EmbeddingBag",
     "GRUCell",
     "KVCache",
     "LSTMCell",

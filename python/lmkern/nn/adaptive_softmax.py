@@ -76,7 +76,12 @@ class AdaptiveLogSoftmaxWithLoss(torch.nn.AdaptiveLogSoftmaxWithLoss):
     @staticmethod
     def _losses(input: Tensor, layer: torch.nn.Linear, target: Tensor, ignore: int) -> Tensor:
         losses = linear_cross_entropy(
-            input, layer.weight, target, linear_bias=layer.bias, reduction="none", ignore_index=ignore
+            input,
+            layer.weight,
+            target,
+            linear_bias=layer.bias,
+            reduction="none",
+            ignore_index=ignore,
         )
         assert isinstance(losses, Tensor)
         return losses

@@ -89,7 +89,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             input,
             self.linear.weight.unflatten(0, shape) if self.out_features else self.linear.weight,
             target,
-            linear_bias=bias.unflatten(0, shape) if bias is not None and self.out_features else bias,
+            linear_bias=bias.unflatten(0, shape)
+            if bias is not None and self.out_features
+            else bias,
             weight=self.weight,
             reduction=self.reduction,
             ignore_index=self.ignore_index,

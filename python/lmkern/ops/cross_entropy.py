@@ -43,9 +43,7 @@ class Target(NamedTuple):
     smooth: bool
 
 
-TARGET = (
-    "Tensor? index, Tensor? probabilities, Tensor? weight, int ignore_index, float softcap, bool smooth"
-)
+TARGET = "Tensor? index, Tensor? probabilities, Tensor? weight, int ignore_index, float softcap, bool smooth"
 
 
 def new_terms(like: Tensor, shape: tuple[int, int], target: Target) -> tuple[Terms, Saved]:
@@ -125,7 +123,9 @@ def slice_target(target: Target, first: int, end: int) -> Target:
     """The part of the classes [first, end), as the kernel reads it."""
     return _kernel_target(
         target._replace(
-            probabilities=None if target.probabilities is None else target.probabilities[:, first:end],
+            probabilities=None
+            if target.probabilities is None
+            else target.probabilities[:, first:end],
             weight=None if target.weight is None else target.weight[first:end],
         )
     )

@@ -1,26 +1,63 @@
-"""Embedding lookup and its dense gradient. Math and layouts: csrc/ops/embedding.h."""
+"""Embedding lookup, its dense and sparse gradient, renormalisation. Math: csrc/ops/embedding.h."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lmkern import _C, reference
-from lmkern.ops.library import define_op, reference_backward
+from lmkern.ops.gradient_buffer import GradientBuffer, buffer_of, fill_gradient
+from lmkern.ops.library import define_op, is_plain_backward, reference_backward
 
 
-def _forward_fake(weight: Tensor, indices: Tensor) -> Tensor:
+class Buckets(NamedTuple):
+    """The positions of each distinct index: ids[u] is at order[starts[u] : starts[u + 1]]."""
+
+    ids: Tensor
+    starts: Tensor
+    order: Tensor
+
+
+def bucket(indices: Tensor, num_embeddings: int, padding_idx: int = -1) -> Buckets:
+    """Sort ``indices`` (contiguous) into buckets, without those of ``padding_idx``."""
+    count = indices.numel()
+    most = min(count, num_embeddings)
+    ids = indices.new_empty(most, dtype=torch.int64)
+    starts = indices.new_empty(most + 1, dtype=torch.int64)
+    order = indices.new_empty(count, dtype=torch.int64)
+    distinct = _C.embedding_buckets(indices, num_embeddings, padding_idx, ids, starts, order)
+    if distinct < most:
+        ids, starts = ids[:distinct], starts[: distinct + 1]
+    return Buckets(ids, starts, order)
+
+
+def contiguous_rows(weight: Tensor) -> Tensor:
+    return weight if weight.stride(1) == 1 or weight.shape[1] <= 1 else weight.contiguous()
+
+
+def _forward_fake(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
     return weight.new_empty(*indices.shape, weight.shape[1])
 
 
-def _forward_cpu(weight: Tensor, indices: Tensor) -> Tensor:
-    out = _forward_fake(weight, indices)
+def _forward_cpu(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    out = _forward_fake(weight, indices, max_norm, norm_type)
     _C.prefer_huge_pages(out)
-    rows = weight if weight.stride(1) == 1 else weight.contiguous()
-    _C.embedding_forward(rows, indices.contiguous(), out)
+    _C.embedding_forward(contiguous_rows(weight), indices.contiguous(), out, max_norm, norm_type)
     return out
+
+
+def _renorm_cpu(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
+    rows = contiguous_rows(weight)
+    ids = bucket(indices.contiguous(), weight.shape[0]).ids
+    _C.embedding_renorm(rows, ids, max_norm, norm_type)
+    if rows is not weight:
+        weight.copy_(rows)
+    elif not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
 
 
 def _backward_fake(
@@ -32,18 +69,39 @@ def _backward_fake(
 def _backward_cpu(
     d_out: Tensor, indices: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
-    d_weight = _backward_fake(d_out, indices, num_embeddings, padding_idx, scale_grad_by_freq)
-    _C.prefer_huge_pages(d_weight)
-    _C.embedding_backward(
-        d_out.contiguous(), indices.contiguous(), d_weight, padding_idx, scale_grad_by_freq
-    )
-    return d_weight
+    return dense_gradient(d_out, indices, num_embeddings, padding_idx, scale_grad_by_freq, None)
+
+
+def dense_gradient(
+    d_out: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    buffer: GradientBuffer | None,
+) -> Tensor:
+    """The gradient [V, D], in the weight's buffer or in fresh memory."""
+    buckets, rows = bucket(indices.contiguous(), num_embeddings, padding_idx), _flat(d_out)
+
+    def write(gradient: Tensor, stale: Tensor | None) -> None:
+        _C.embedding_backward(rows, *buckets, stale, gradient, False, scale_grad_by_freq)
+
+    return fill_gradient(buffer, (num_embeddings, rows.shape[1]), rows.dtype, buckets.ids, write)
+
+
+def _flat(d_out: Tensor) -> Tensor:
+    return d_out.reshape(-1, d_out.shape[-1]).contiguous()
 
 
 define_op(
-    "embedding_forward(Tensor weight, Tensor indices) -> Tensor",
+    "embedding_forward(Tensor weight, Tensor indices, float max_norm, float norm_type) -> Tensor",
     cpu=_forward_cpu,
     fake=_forward_fake,
+)
+define_op(
+    "embedding_renorm_(Tensor(a!) weight, Tensor indices, float max_norm, float norm_type) -> ()",
+    cpu=_renorm_cpu,
+    fake=lambda weight, indices, max_norm, norm_type: None,
 )
 define_op(
     "embedding_backward(Tensor d_out, Tensor indices, SymInt num_embeddings, int padding_idx, "
@@ -53,29 +111,108 @@ define_op(
 )
 
 
+def sparse_gradient(
+    d_out: Tensor, indices: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    """The gradient as a coalesced sparse tensor [V, D]: int64 ids ascending, rows [U, D]."""
+    buckets = bucket(indices.contiguous(), num_embeddings, padding_idx)
+    rows = d_out.new_empty(buckets.ids.shape[0], d_out.shape[-1])
+    _C.embedding_backward(_flat(d_out), *buckets, None, rows, True, scale_grad_by_freq)
+    return sparse_tensor(buckets.ids, rows, num_embeddings)
+
+
+def sparse_tensor(ids: Tensor, rows: Tensor, num_embeddings: int) -> Tensor:
+    """The coalesced sparse tensor [V, D] with these rows at these ascending ids."""
+    return torch.sparse_coo_tensor(
+        ids.unsqueeze(0), rows, (num_embeddings, rows.shape[1]),
+        check_invariants=False, is_coalesced=True,
+    )  # fmt: skip
+
+
+def weak_leaf(weight: Tensor) -> weakref.ref[Tensor] | None:
+    """A leaf whose ``grad`` :func:`mark_coalesced` may look at later."""
+    return weakref.ref(weight) if weight.is_leaf else None
+
+
+def mark_coalesced(leaf: weakref.ref[Tensor] | None, gradient: Tensor) -> None:
+    """Becoming the ``grad`` of a leaf, a sparse tensor loses the mark of being coalesced: set it again
+    when this backward pass is over."""
+    if leaf is None:
+        return
+    data = gradient._values().data_ptr()  # not a tensor: AccumulateGrad must be their only owner
+
+    def mark() -> None:
+        weight = leaf()
+        grad = None if weight is None else weight.grad
+        if grad is not None and grad.is_sparse and grad._values().data_ptr() == data:
+            grad._coalesced_(True)
+
+    torch.autograd.Variable._execution_engine.queue_callback(mark)
+
+
+def clip_norm_backward(rows: Tensor, d_out: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """The gradient of :func:`lmkern.reference.clip_norm`, in operations that any graph can hold.
+
+    y = s w with s = max_norm / (|w| + e): d_w = s (d_y - (d_y . w) / (|w| + e) d|w|/dw).
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    w, d_y = rows.to(wide), d_out.to(wide)
+    norm = torch.linalg.vector_norm(w, norm_type, -1, keepdim=True)
+    if norm_type == 0:
+        slope = torch.zeros_like(w)
+    elif math.isinf(norm_type):  # shared among equals
+        extreme = (w.abs() == norm).to(wide)
+        slope = w.sgn() * extreme / extreme.sum(-1, keepdim=True)
+    else:
+        slope = w.sgn() * (w.abs() / norm).pow(norm_type - 1)
+        slope = slope.masked_fill(w == 0, 0.0)
+    along = (d_y * w).sum(-1, keepdim=True) / (norm + 1e-7)
+    d_w = max_norm / (norm + 1e-7) * (d_y - along * slope)
+    return torch.where(norm > max_norm, d_w, d_y).to(rows.dtype)
+
+
 class EmbeddingFunction(torch.autograd.Function):
-    """(weight, indices, padding_idx or -1, scale_grad_by_freq) -> rows, with a dense gradient."""
+    """(weight, indices, padding_idx or -1, scale_grad_by_freq, sparse, max_norm, norm_type, reuse_grad)
+    -> rows. ``max_norm`` is that of the scaled lookup, infinity for none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight, indices, padding_idx, scale_grad_by_freq):  # type: ignore[override]
-        # Not the weight: the lookup is linear in it, and it may change before backward.
-        ctx.save_for_backward(indices)
-        ctx.rows = weight.shape[0]
+    def forward(  # type: ignore[override]
+        ctx: Any, weight, indices, padding_idx, scale_grad_by_freq, sparse, max_norm, norm_type,
+        reuse_grad,
+    ):  # fmt: skip
+        # The weight only where it is scaled: a plain lookup is linear in it, and it may change
+        # before backward.
+        ctx.save_for_backward(indices, weight if max_norm < math.inf else None)
+        ctx.rows, ctx.sparse = weight.shape[0], sparse
+        ctx.leaf = weak_leaf(weight) if sparse else None
+        ctx.buffer = None
+        if not sparse and not torch.compiler.is_compiling():
+            ctx.buffer = buffer_of(weight, reuse_grad)
         ctx.padding_idx, ctx.scale_grad_by_freq = padding_idx, scale_grad_by_freq
-        return torch.ops.lmkern.embedding_forward(weight, indices)
+        ctx.norm = max_norm, norm_type
+        return torch.ops.lmkern.embedding_forward(weight, indices, max_norm, norm_type)
 
     @staticmethod
     def backward(ctx: Any, d_out):  # type: ignore[override]
-        (indices,) = ctx.saved_tensors
-        padding_idx, by_freq = ctx.padding_idx, ctx.scale_grad_by_freq
+        indices, weight = ctx.saved_tensors
+        lookup = ctx.padding_idx, ctx.scale_grad_by_freq
         if torch.is_grad_enabled():
+            norm = () if weight is None else ctx.norm
+            if weight is None:
+                weight = d_out.new_zeros(ctx.rows, d_out.shape[-1], requires_grad=True)
             (d_weight,) = reference_backward(
-                lambda w: reference.embedding(indices, w, padding_idx, by_freq),
-                (d_out.new_zeros(ctx.rows, d_out.shape[-1], requires_grad=True),),
-                (d_out,),
+                lambda w: reference.embedding(indices, w, *lookup, *norm), (weight,), (d_out,)
             )
         else:
-            d_weight = torch.ops.lmkern.embedding_backward(
-                d_out, indices, ctx.rows, padding_idx, by_freq
-            )
-        return d_weight, None, None, None
+            if weight is not None:
+                rows = torch.ops.lmkern.embedding_forward(weight, indices, math.inf, 2.0)
+                d_out = clip_norm_backward(rows, d_out, *ctx.norm)
+            if ctx.sparse:
+                d_weight = sparse_gradient(d_out, indices, ctx.rows, *lookup)
+                mark_coalesced(ctx.leaf, d_weight)
+            elif ctx.buffer is not None and is_plain_backward(d_out):
+                d_weight = dense_gradient(d_out, indices, ctx.rows, *lookup, ctx.buffer)
+            else:
+                d_weight = torch.ops.lmkern.embedding_backward(d_out, indices, ctx.rows, *lookup)
+        return d_weight, None, None, None, None, None, None, None

@@ -85,6 +85,16 @@ def is_plain_eager() -> bool:
     )
 
 
+def is_plain_backward(d_out: Tensor) -> bool:
+    """Whether a backward pass may call a kernel past the dispatcher: nothing looks at its ops."""
+    return (
+        type(d_out) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for a gradient of any of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -133,7 +133,12 @@ def _forward_cpu(
 
 
 def _backward_fake(
-    x: Tensor, linear_weight: Tensor, bias: Tensor | None, whole: Tensor, wanted: list[bool], *_: Any
+    x: Tensor,
+    linear_weight: Tensor,
+    bias: Tensor | None,
+    whole: Tensor,
+    wanted: list[bool],
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (x.shape, linear_weight.shape, linear_weight.shape[:1])
     d_x, d_weight, d_bias = (
