@@ -16,7 +16,17 @@ from lmkern.functional import cross_entropy
 from oracle import assert_oracle
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = [(7,), (9, 41), (1, 1), (5, 1025), (3, 59, 4), (2, 7, 3, 41), (2, 111, 1), (0, 5), (2, 5, 0)]
+SHAPES = [
+    (7,),
+    (9, 41),
+    (1, 1),
+    (5, 1025),
+    (3, 59, 4),
+    (2, 7, 3, 41),
+    (2, 111, 1),
+    (0, 5),
+    (2, 5, 0),
+]
 OPTIONS = [
     {},
     {"weight": True},
@@ -185,7 +195,11 @@ def test_same_bits_for_any_thread_count():
 def test_second_derivatives():
     z = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     y, weight = torch.tensor([1, -100, 4]), torch.rand(5, dtype=torch.float64)
-    for options in ({}, {"label_smoothing": 0.1, "weight": weight}, {"softcap": 2.0, "z_loss": 0.1}):
+    for options in (
+        {},
+        {"label_smoothing": 0.1, "weight": weight},
+        {"softcap": 2.0, "z_loss": 0.1},
+    ):
         f = lambda z, o=options: cross_entropy(z, y, reduction="none", **o)  # noqa: E731
         assert torch.autograd.gradcheck(f, [z])
         assert torch.autograd.gradgradcheck(f, [z])
@@ -237,12 +251,16 @@ def test_kernels_are_called(monkeypatch):
     for name in ("cross_entropy_forward", "cross_entropy_backward"):
         kernel = getattr(_C, name)
         monkeypatch.setattr(_C, name, lambda *a, n=name, k=kernel: (called.append(n), k(*a))[1])
-    lmkern.nn.CrossEntropyLoss()(torch.randn(2, 3, requires_grad=True), torch.tensor([0, 1])).backward()
+    lmkern.nn.CrossEntropyLoss()(
+        torch.randn(2, 3, requires_grad=True), torch.tensor([0, 1])
+    ).backward()
     assert called == ["cross_entropy_forward", "cross_entropy_backward"]
 
 
 def test_layer():
-    ours = lmkern.nn.CrossEntropyLoss(torch.rand(5), ignore_index=1, label_smoothing=0.1, z_loss=0.0)
+    ours = lmkern.nn.CrossEntropyLoss(
+        torch.rand(5), ignore_index=1, label_smoothing=0.1, z_loss=0.0
+    )
     theirs = torch.nn.CrossEntropyLoss(ours.weight, ignore_index=1, label_smoothing=0.1)
     z, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     torch.testing.assert_close(ours(z, y), theirs(z, y))

@@ -262,7 +262,9 @@ def test_layer_is_torchs():
     if theirs is None:
         pytest.skip("this torch has no LinearCrossEntropyLoss")
     names = list(inspect.signature(theirs).parameters)
-    assert list(inspect.signature(lmkern.nn.LinearCrossEntropyLoss).parameters)[: len(names)] == names
+    assert (
+        list(inspect.signature(lmkern.nn.LinearCrossEntropyLoss).parameters)[: len(names)] == names
+    )
     for options in (
         {}, {"bias": True, "weight": torch.rand(7)}, {"out_features": (2, 3), "bias": True},
         {"ignore_index": 1, "label_smoothing": 0.1, "reduction": "none"},
@@ -280,7 +282,9 @@ def test_layer_is_torchs():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_adaptive_softmax(reduction):
     torch.manual_seed(1)
-    ours = lmkern.nn.AdaptiveLogSoftmaxWithLoss(16, 40, [5, 12], head_bias=True, reduction=reduction)
+    ours = lmkern.nn.AdaptiveLogSoftmaxWithLoss(
+        16, 40, [5, 12], head_bias=True, reduction=reduction
+    )
     torch.manual_seed(1)
     theirs = torch.nn.AdaptiveLogSoftmaxWithLoss(16, 40, [5, 12], head_bias=True)
     assert list(ours.state_dict()) == list(theirs.state_dict())

@@ -254,6 +254,7 @@ def embedding(
         scale_grad_by_freq,
         sparse,
     )
+    return rows if inplace or max_norm is None else clip_norm(rows, max_norm, norm_type)
 
 
 def cross_entropy_terms(
@@ -297,8 +298,6 @@ def linear_cross_entropy_terms(
     bias = None if bias is None else bias.to(wide)
     logits = F.linear(x.to(wide), linear_weight.to(wide), bias)
     return cross_entropy_terms(logits.t().unsqueeze(0), *target)
-
-    return rows if inplace or max_norm is None else clip_norm(rows, max_norm, norm_type)
 
 
 def clip_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:

@@ -178,8 +178,9 @@ class RecurrentLM(LanguageModel):
             return_penalty: also return what activation_reg and temporal_reg add to the loss.
 
         Returns:
-            logits [B, T, vocab_size], with `targets` the sum of their cross entropies; the state after the last token, still attached to the
-            graph (detach it for truncated back-propagation); with `return_penalty` a scalar too.
+            logits [B, T, vocab_size], with `targets` the sum of their cross entropies; the state
+            after the last token, still attached to the graph (detach it for truncated
+            back-propagation); with `return_penalty` a scalar too.
 
         Raises:
             ValueError, TypeError, IndexError: input_ids of wrong shape, dtype or range, or a state

@@ -43,14 +43,18 @@ class Target(NamedTuple):
     smooth: bool
 
 
-TARGET = "Tensor? index, Tensor? probabilities, Tensor? weight, int ignore_index, float softcap, bool smooth"
+TARGET = (
+    "Tensor? index, Tensor? probabilities, Tensor? weight, int ignore_index, float softcap, "
+    "bool smooth"
+)
 
 
 def new_terms(like: Tensor, shape: tuple[int, int], target: Target) -> tuple[Terms, Saved]:
-    def term(wanted: bool = True, dtype: torch.dtype = accumulate_dtype(like.dtype)) -> Tensor:
+    wide, probable = accumulate_dtype(like.dtype), target.probabilities is not None
+
+    def term(wanted: bool = True, dtype: torch.dtype = wide) -> Tensor:
         return like.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    probable = target.probabilities is not None
     terms = Terms(term(), term(), term(target.smooth), term(not probable, torch.bool))
     return terms, Saved(term(), term(), term(probable))
 

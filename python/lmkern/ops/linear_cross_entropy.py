@@ -119,12 +119,10 @@ def _forward_cpu(
     own_saved = Saved(*(logits.positions(t) for t in saved))
     target = logits.target(Target(*arguments))
     whole = logits.new_whole(keep)
-    room = None if whole.numel() else logits.new_chunk()
+    keep_none = whole.numel() == 0
+    room = logits.new_chunk() if keep_none else whole
     for first, end in logits.parts:
-        if room is None:
-            out = logits.chunk_of(whole, first, end)
-        else:
-            out = logits.matrix(room, end - first)
+        out = logits.matrix(room, end - first) if keep_none else logits.chunk_of(whole, first, end)
         z = logits.view(logits.compute(first, end, out))
         part, part_bias = slice_target(target, first, end), logits.bias_of(first, end)
         continue_terms(z, part, part_bias, first, logits.classes, own_terms, own_saved)
@@ -174,10 +172,8 @@ def _backward_cpu(
     room = logits.new_chunk()
     for first, end in logits.parts:
         d_z = logits.matrix(room, end - first)
-        if whole.numel():
-            z = logits.chunk_of(whole, first, end)
-        else:
-            z = logits.compute(first, end, d_z)
+        kept = whole.numel() > 0
+        z = logits.chunk_of(whole, first, end) if kept else logits.compute(first, end, d_z)
         part, part_bias = slice_target(target, first, end), logits.bias_of(first, end)
         differentiate(
             logits.view(z), part, part_bias, first, logits.classes, own_saved, own_sums,
