@@ -1,4 +1,4 @@
-"""Whole training steps: forward, loss, backward, gradient clipping and AdamW, of complete language models.
+"""Whole training steps of language models: forward, loss, backward, gradient clipping and AdamW.
 
 ours: the model of this package with its default backend; peers: the same model on torch's layers, as it
 comes and compiled (without the time of the compilation).

@@ -278,13 +278,13 @@ def _loss(
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     lse, likelihood, total, correct = terms
-    index, weight = target.index, target.weight
+    labels, weight = target.labels, target.weight
     valid = share = None
     loss = -likelihood
-    if index is not None:
-        valid = index != target.ignore_index
+    if labels is not None:
+        valid = labels != target.ignore_index
         if weight is not None:
-            share = weight[index.where(valid, 0)] * valid
+            share = weight[labels.where(valid, 0)] * valid
             loss = loss * share
     if label_smoothing > 0:
         loss = loss * (1.0 - label_smoothing) - total * (label_smoothing / classes)

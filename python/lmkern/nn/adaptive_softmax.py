@@ -64,8 +64,8 @@ class AdaptiveLogSoftmaxWithLoss(torch.nn.AdaptiveLogSoftmaxWithLoss):
             members = ((cluster == i + 1) & valid).nonzero().squeeze(1)
             if members.numel() == 0:
                 continue
-            project, classes = tail  # type: ignore[misc]
-            hidden = linear(rows.index_select(0, members), project.weight)
+            project, classes = tail.children()
+            hidden = linear(rows.index_select(0, members), project.weight)  # type: ignore[arg-type]
             inside = target[members] - self.cutoffs[i]
             losses = losses.index_add(0, members, self._losses(hidden, classes, inside, -100))
         loss = losses
@@ -74,7 +74,7 @@ class AdaptiveLogSoftmaxWithLoss(torch.nn.AdaptiveLogSoftmaxWithLoss):
         return AdaptiveOutput(-losses.reshape(target_.shape), loss)
 
     @staticmethod
-    def _losses(input: Tensor, layer: torch.nn.Linear, target: Tensor, ignore: int) -> Tensor:
+    def _losses(input: Tensor, layer: Any, target: Tensor, ignore: int) -> Tensor:
         losses = linear_cross_entropy(
             input,
             layer.weight,

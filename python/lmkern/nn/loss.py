@@ -24,8 +24,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         super().__init__(*args, **kwargs)
         self.z_loss, self.softcap = z_loss, softcap
 
-    def forward(self, input: Tensor, target: Tensor) -> LossOrMore:
-        return cross_entropy(
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        loss = cross_entropy(
             input,
             target,
             self.weight,
@@ -35,6 +35,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             z_loss=self.z_loss,
             softcap=self.softcap,
         )
+        assert isinstance(loss, Tensor)
+        return loss
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):

@@ -33,9 +33,9 @@ class Saved(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What logits are compared with: ``index`` or ``probabilities``."""
+    """What logits are compared with: ``labels`` or ``probabilities``."""
 
-    index: Tensor | None
+    labels: Tensor | None
     probabilities: Tensor | None
     weight: Tensor | None
     ignore_index: int
@@ -70,7 +70,7 @@ def continue_terms(
 ) -> None:
     """Take the classes from ``first`` on into the sums that `finish_terms` makes terms of."""
     _C.cross_entropy_forward(
-        logits, target.index, target.probabilities, target.weight, bias, first, classes,
+        logits, target.labels, target.probabilities, target.weight, bias, first, classes,
         target.ignore_index, target.softcap, saved.maximum, saved.log_sum, terms.likelihood,
         None if target.probabilities is None else saved.mass, terms.total if target.smooth else None,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def differentiate(
 ) -> None:
     d_lse, d_picked, d_total = d_sums
     _C.cross_entropy_backward(
-        logits, target.index, target.probabilities, target.weight, bias, first, classes,
+        logits, target.labels, target.probabilities, target.weight, bias, first, classes,
         target.ignore_index, target.softcap, saved.maximum, saved.log_sum, d_lse, d_picked,
         d_total if target.smooth else None, d_logits,
     )  # fmt: skip
@@ -143,7 +143,7 @@ def _dense(logits: Tensor) -> Tensor:
 
 def _kernel_target(target: Target) -> Target:
     return target._replace(
-        index=None if target.index is None else target.index.contiguous(),
+        labels=None if target.labels is None else target.labels.contiguous(),
         probabilities=None if target.probabilities is None else _dense(target.probabilities),
         weight=None if target.weight is None else target.weight.contiguous(),
     )
@@ -208,9 +208,9 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits, *target):  # type: ignore[override]
-        index, probabilities, weight, *ctx.options = target
+        labels, probabilities, weight, *ctx.options = target
         *terms, maximum, log_sum, mass = torch.ops.lmkern.cross_entropy_forward(logits, *target)
-        ctx.save_for_backward(logits, maximum, log_sum, mass, index, probabilities, weight)
+        ctx.save_for_backward(logits, maximum, log_sum, mass, labels, probabilities, weight)
         ctx.mark_non_differentiable(terms[3])
         return tuple(terms)
 

@@ -97,10 +97,10 @@ class _Logits:
         return x.transpose(0, -1) if self.by_rows and x.dim() > 1 else x
 
     def target(self, target: Target) -> Target:
-        index, probabilities = (
-            None if t is None else self.positions(t) for t in (target.index, target.probabilities)
+        labels, probabilities = (
+            None if t is None else self.positions(t) for t in (target.labels, target.probabilities)
         )
-        return target._replace(index=index, probabilities=probabilities)
+        return target._replace(labels=labels, probabilities=probabilities)
 
 
 def _forward_fake(
@@ -162,7 +162,7 @@ def _backward_cpu(
     logits = _Logits(x, linear_weight, bias)
     target, saved = Target(*arguments), Saved(maximum, log_sum, mass)
     d_sums = sum_gradients(target, logits.classes, saved, (d_lse, d_likelihood, d_total))
-    own_sums = tuple(logits.positions(d) for d in d_sums)
+    d_lse, d_likelihood, d_total = (logits.positions(d) for d in d_sums)
     own_saved = Saved(*(logits.positions(t) for t in saved))
     target = logits.target(target)
     d_x, d_weight, d_bias = _backward_fake(x, linear_weight, bias, whole, wanted)
@@ -176,7 +176,8 @@ def _backward_cpu(
         z = logits.chunk_of(whole, first, end) if kept else logits.compute(first, end, d_z)
         part, part_bias = slice_target(target, first, end), logits.bias_of(first, end)
         differentiate(
-            logits.view(z), part, part_bias, first, logits.classes, own_saved, own_sums,
+            logits.view(z), part, part_bias, first, logits.classes, own_saved,
+            (d_lse, d_likelihood, d_total),
             logits.view(d_z),
         )  # fmt: skip
         if wanted[0]:
@@ -223,8 +224,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_lse, d_likelihood, d_total, _):  # type: ignore[override]
-        x, linear_weight, bias, whole, *saved, index, probabilities, weight = ctx.saved_tensors
-        target = Target(index, probabilities, weight, *ctx.options)
+        x, linear_weight, bias, whole, *saved, labels, probabilities, weight = ctx.saved_tensors
+        target = Target(labels, probabilities, weight, *ctx.options)
         d_terms = d_lse, d_likelihood, d_total if target.smooth else None
         if torch.is_grad_enabled():
             grads = reference_backward(
