@@ -6,6 +6,7 @@
 
 #include "ops/attention.h"
 #include "ops/embedding.h"
+#include "ops/embedding_optimizer.h"
 #include "ops/matmul.h"
 #include "ops/recurrent.h"
 #include "ops/rotary.h"
@@ -21,6 +22,9 @@ namespace lmkern::cpu {
   KERNEL(void, attention_weights, AttentionWeightsArgs)            \
   KERNEL(void, embedding_forward, EmbeddingForwardArgs)            \
   KERNEL(void, embedding_backward, EmbeddingBackwardArgs)          \
+  KERNEL(void, embedding_sgd, EmbeddingSgdArgs)                    \
+  KERNEL(void, embedding_adagrad, EmbeddingAdagradArgs)            \
+  KERNEL(void, embedding_adam, EmbeddingAdamArgs)                  \
   KERNEL(bool, matmul, MatmulArgs)                                 \
   KERNEL(void, recurrent_forward, RecurrentForwardArgs)            \
   KERNEL(void, recurrent_backward, RecurrentBackwardArgs)          \
