@@ -231,6 +231,35 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                 d_logits});
         });
 
+  // The first 7 arguments are OptimizerTable.
+  m.def("embedding_sgd",
+        [](TensorView weight, TensorView rows, TensorView gradient, double gradient_scale,
+           TensorView touched, double decay, double step_size) {
+          call(lmkern::embedding_sgd,
+               {{weight, rows, gradient, gradient_scale, touched, decay, step_size}});
+        });
+  m.def("embedding_adagrad", [](TensorView weight, TensorView rows, TensorView gradient,
+                                double gradient_scale, TensorView touched, double decay,
+                                double step_size, TensorView sum, double weight_decay, double eps) {
+    call(lmkern::embedding_adagrad,
+         {{weight, rows, gradient, gradient_scale, touched, decay, step_size},
+          sum,
+          weight_decay,
+          eps});
+  });
+  m.def("embedding_adam",
+        [](TensorView weight, TensorView rows, TensorView gradient, double gradient_scale,
+           TensorView touched, double decay, double step_size, TensorView exp_avg,
+           TensorView exp_avg_sq, double beta1, double beta2, double eps) {
+          call(lmkern::embedding_adam,
+               {{weight, rows, gradient, gradient_scale, touched, decay, step_size},
+                exp_avg,
+                exp_avg_sq,
+                beta1,
+                beta2,
+                eps});
+        });
+
   m.def("rotary_embedding", [](TensorView q, TensorView k, TensorView cos, TensorView sin,
                                TensorView q_out, TensorView k_out, bool interleaved, bool inverse) {
     call(lmkern::rotary_embedding, {q, k, cos, sin, q_out, k_out, interleaved, inverse});

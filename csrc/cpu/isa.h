@@ -8,6 +8,7 @@
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
 #include "ops/embedding_bag.h"
+#include "ops/embedding_optimizer.h"
 #include "ops/matmul.h"
 #include "ops/recurrent.h"
 #include "ops/rotary.h"
@@ -38,6 +39,9 @@ namespace lmkern::cpu {
   KERNEL(void, embedding_bag_forward, EmbeddingBagForwardArgs)                  \
   KERNEL(void, embedding_bag_backward, EmbeddingBagBackwardArgs)                \
   KERNEL(void, embedding_bag_weights_backward, EmbeddingBagWeightsBackwardArgs) \
+  KERNEL(void, embedding_sgd, EmbeddingSgdArgs)                                 \
+  KERNEL(void, embedding_adagrad, EmbeddingAdagradArgs)                         \
+  KERNEL(void, embedding_adam, EmbeddingAdamArgs)                               \
   KERNEL(void, vec_math, VecMathArgs)
 
 struct Kernels {

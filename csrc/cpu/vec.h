@@ -214,6 +214,20 @@ LMKERN_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 
+// Correctly rounded. There is no such operator on vectors; the loop becomes one instruction.
+LMKERN_INLINE Vec<float> sqrt(Vec<float> v) {
+  float lanes[kLanes<float>];
+  store(lanes, v);
+  for (int i = 0; i < kLanes<float>; ++i) lanes[i] = __builtin_sqrtf(lanes[i]);
+  return load(lanes);
+}
+LMKERN_INLINE Vec<double> sqrt(Vec<double> v) {
+  double lanes[kLanes<double>];
+  store(lanes, v);
+  for (int i = 0; i < kLanes<double>; ++i) lanes[i] = __builtin_sqrt(lanes[i]);
+  return load(lanes);
+}
+
 // numerator / denominator for finite denominators of at least 1. A 512-bit division takes the
 // FMA port for 16 cycles; the 14-bit estimate and one Newton step take 4, at an error of at most
 // 1 ULP more.

@@ -207,6 +207,41 @@ def cross_entropy_backward(
     d_total: Tensor | None,
     d_logits: Tensor,
 ) -> None: ...
+def embedding_sgd(
+    weight: Tensor,
+    rows: Tensor | None,
+    gradient: Tensor | None,
+    gradient_scale: float,
+    touched: Tensor | None,
+    decay: float,
+    step_size: float,
+) -> None: ...
+def embedding_adagrad(
+    weight: Tensor,
+    rows: Tensor | None,
+    gradient: Tensor,
+    gradient_scale: float,
+    touched: Tensor | None,
+    decay: float,
+    step_size: float,
+    sum: Tensor,
+    weight_decay: float,
+    eps: float,
+) -> None: ...
+def embedding_adam(
+    weight: Tensor,
+    rows: Tensor | None,
+    gradient: Tensor,
+    gradient_scale: float,
+    touched: Tensor | None,
+    decay: float,
+    step_size: float,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None: ...
 def rotary_embedding(
     q: Tensor,
     k: Tensor | None,

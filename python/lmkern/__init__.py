@@ -2,6 +2,7 @@
 
 ``lmkern.nn``          layers with torch's names, arguments, parameters and initialisation
 ``lmkern.functional``  the functions under them
+``lmkern.optim``       optimizers that touch only the rows of an embedding table that a step used
 ``lmkern.convert()``   swaps the layers of an existing model; ``lmkern.revert()`` undoes it
 ``lmkern.register_transformers()``  attn_implementation="lmkern" for Hugging Face models
 ``lmkern.models``      whole language models; ``lmkern.train``, ``lmkern.data``, ``lmkern.generate``
@@ -21,7 +22,7 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
         f"found torch {torch.__version__}"
     )
 
-from lmkern import functional, nn
+from lmkern import functional, nn, optim
 from lmkern._info import info
 from lmkern._warnings import LmkernWarning
 from lmkern.convert import ConversionReport, ConvertedLayer, convert, revert
@@ -36,6 +37,7 @@ __all__ = [
     "functional",
     "info",
     "nn",
+    "optim",
     "register_transformers",
     "revert",
 ]

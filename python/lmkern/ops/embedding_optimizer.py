@@ -1,0 +1,78 @@
+"""Optimizer steps on the rows of a table. Math and layouts: csrc/ops/embedding_optimizer.h.
+
+Straight calls of ``_C`` rather than ops of torch.library: a step runs outside of autograd, and
+torch.compile cannot trace the sparse gradients that it lives on. All that a schema with mutable
+arguments would do for us is to count the weight's version up, which is one line here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmkern import _C, reference
+from lmkern.ops.library import accumulate_dtype, use_kernel
+
+
+class Table(NamedTuple):
+    """What every rule takes. After the first two, the members are the kernels' arguments in order."""
+
+    parameter: Tensor  # of any shape and strides
+    shape: tuple[int, int]  # [V, D], as which the parameter is seen
+    rows: Tensor | None = None  # int64 [N] in any order; None: all
+    gradient: Tensor | None = None  # [N, D]
+    gradient_scale: float = 1.0
+    touched: Tensor | None = None  # float64 [V]
+    decay: float = 1.0
+    step_size: float = 0.0
+
+
+def sgd_(table: Table) -> None:
+    """Moves rows against their gradient; without a gradient, only decays them."""
+    _run("embedding_sgd", table)
+
+
+def adagrad_(table: Table, sum: Tensor, weight_decay: float, eps: float) -> None:
+    """Adagrad, for each element or, with ``rowwise``, a ``sum`` of [V], for each row."""
+    _run("embedding_adagrad", table, _as_rows(sum, table), weight_decay, eps)
+
+
+def adam_(
+    table: Table, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: float, beta2: float, eps: float
+) -> None:
+    """Adam; bias corrections are part of ``step_size`` and ``eps``."""
+    moments = _as_rows(exp_avg, table), _as_rows(exp_avg_sq, table)
+    _run("embedding_adam", table, *moments, beta1, beta2, eps)
+
+
+def _as_rows(state: Tensor, table: Table) -> Tensor:
+    return state.view(table.shape) if state.shape == table.parameter.shape else state
+
+
+def _run(rule: str, table: Table, *state: Any) -> None:
+    parameter = table.parameter
+    if parameter.numel() == 0 or parameter.is_meta:
+        return
+    weight = parameter
+    if parameter.shape != table.shape or parameter.stride(1) != 1:
+        weight = parameter.detach().reshape(table.shape)
+        if weight.stride(1) != 1:
+            weight = weight.contiguous()
+    arguments = (weight, *table[2:], *state)
+    if use_kernel("optim", weight):
+        getattr(_C, rule)(*arguments)
+        torch._C._increment_version((parameter,))  # of torch.autograd.graph.increment_version
+    else:
+        getattr(reference, rule)(*arguments)
+    if weight is not parameter and weight.data_ptr() != parameter.data_ptr():
+        parameter.copy_(weight.view(parameter.shape))  # no kernel could follow its strides
+
+
+def fresh_state(parameter: Tensor, shape: torch.Size, value: float = 0.0) -> Tensor:
+    """A state tensor: float32 (float64 for a float64 parameter), contiguous, filled with ``value``."""
+    state = torch.empty(shape, dtype=accumulate_dtype(parameter.dtype), device=parameter.device)
+    if state.device.type == "cpu":
+        _C.prefer_huge_pages(state)  # rows are read here and there: fewer misses in the page table
+    return state.fill_(value)
