@@ -56,21 +56,18 @@ class Dropout {
  private:
   // The words of kBlock elements, in the elements' order.
   LMKERN_INLINE void random(std::int64_t quad, Words (&words)[4]) const {
-    using Lanes = std::make_integer_sequence<int, kLanes<float>>;
-    const auto low = static_cast<std::uint32_t>(quad);
-    const Words counter = (Words)lane_index<float>() + low;
-    const Words carry = counter < low ? (Words{} + 1u) : Words{};
-    Words of[4] = {counter, carry + static_cast<std::uint32_t>(quad >> 32), Words{}, Words{}};
-    philox(of, seed_);
-    // A lane has the four words of four elements: 4 x lanes is transposed in two perfect shuffles.
-    const Words even_low = interleave<0>(of[0], of[2], Lanes{});
-    const Words even_high = interleave<1>(of[0], of[2], Lanes{});
-    const Words odd_low = interleave<0>(of[1], of[3], Lanes{});
-    const Words odd_high = interleave<1>(of[1], of[3], Lanes{});
-    words[0] = interleave<0>(even_low, odd_low, Lanes{});
-    words[1] = interleave<1>(even_low, odd_low, Lanes{});
-    words[2] = interleave<0>(even_high, odd_high, Lanes{});
-    words[3] = interleave<1>(even_high, odd_high, Lanes{});
+    constexpr int quads = kLanes<double>;
+    using Lanes = std::make_integer_sequence<int, quads>;
+    LMKERN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const WideWords counter =
+          (WideWords)lane_index<double>() + static_cast<std::uint64_t>(quad + half * quads);
+      WideWords of[4] = {counter, counter >> 32, WideWords{}, WideWords{}};
+      philox(of, seed_);
+      const WideWords first = join_halves(of[0], of[1]), second = join_halves(of[2], of[3]);
+      words[2 * half] = (Words)interleave<0>(first, second, Lanes{});
+      words[2 * half + 1] = (Words)interleave<1>(first, second, Lanes{});
+    }
   }
 
   std::uint64_t seed_;
