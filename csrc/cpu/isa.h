@@ -7,6 +7,7 @@
 #include "ops/attention.h"
 #include "ops/embedding.h"
 #include "ops/matmul.h"
+#include "ops/norm.h"
 #include "ops/recurrent.h"
 #include "ops/rotary.h"
 #include "ops/vec_math.h"
@@ -22,6 +23,8 @@ namespace lmkern::cpu {
   KERNEL(void, embedding_forward, EmbeddingForwardArgs)            \
   KERNEL(void, embedding_backward, EmbeddingBackwardArgs)          \
   KERNEL(bool, matmul, MatmulArgs)                                 \
+  KERNEL(void, norm_forward, NormForwardArgs)                      \
+  KERNEL(void, norm_backward, NormBackwardArgs)                    \
   KERNEL(void, recurrent_forward, RecurrentForwardArgs)            \
   KERNEL(void, recurrent_backward, RecurrentBackwardArgs)          \
   KERNEL(void, recurrent_step, RecurrentStepArgs)                  \

@@ -69,6 +69,8 @@ KINDS: dict[str, Kind] = {
             "max_norm" if layer.max_norm is not None else "sparse=True" if layer.sparse else None
         )
     ),
+    "LayerNorm": Kind({"bias": lambda layer: layer.bias is not None}),
+    "RMSNorm": Kind(),
     "MultiheadAttention": Kind(
         {
             "bias": lambda layer: layer.in_proj_bias is not None,

@@ -10,16 +10,20 @@ expected and what came; nothing has been computed then.
 
 from lmkern.functional._embedding import embedding
 from lmkern.functional.attention import scaled_dot_product_attention
+from lmkern.functional.norm import add_norm, layer_norm, rms_norm
 from lmkern.functional.position import rotary_embedding
 from lmkern.functional.recurrent import gru, lstm, rnn
 from lmkern.functional.recurrent_cell import gru_cell, lstm_cell, rnn_cell
 
 __all__ = [
+    "add_norm",
     "embedding",
     "gru",
     "gru_cell",
+    "layer_norm",
     "lstm",
     "lstm_cell",
+    "rms_norm",
     "rnn",
     "rnn_cell",
     "rotary_embedding",

@@ -3,6 +3,7 @@
 from lmkern.nn.attention import MultiheadAttention
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.kv_cache import KVCache
+from lmkern.nn.norm import AddNorm, LayerNorm, RMSNorm
 from lmkern.nn.position import (
     LearnedPosition,
     RotaryPosition,
@@ -20,12 +21,15 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AddNorm",
     "Embedding",
     "GRUCell",
     "KVCache",
     "LSTMCell",
+    "LayerNorm",
     "LearnedPosition",
     "MultiheadAttention",
+    "RMSNorm",
     "RNNBase",
     "RNNCell",
     "RNNCellBase",
