@@ -47,6 +47,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]]
         lambda: nn.EmbeddingBag(I, H, mode="max", padding_idx=2),
         lambda: (torch.randint(I, (B, T)),),
     ),
+    "layer-norm": (lambda: nn.LayerNorm((T, 8), 1e-3, bias=False), sequence(B, T, 8)),
+    "rms-norm": (lambda: nn.RMSNorm(8, dtype=torch.float64), sequence(B, 8)),
     "attention": (
         lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=5, add_bias_kv=True, batch_first=True),
         lambda: (torch.randn(B, T, 8), torch.randn(B, 4, 6), torch.randn(B, 4, 5)),

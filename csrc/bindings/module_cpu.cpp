@@ -259,6 +259,20 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                 beta2,
                 eps});
         });
+  m.def("norm_forward",
+        [](std::int64_t width, TensorView input, TensorView residual, TensorView input_bias,
+           TensorView weight, TensorView bias, double eps, double dropout_p, std::int64_t seed,
+           TensorView sum, TensorView out, TensorView statistics) {
+          call(lmkern::norm_forward, {width, input, residual, input_bias, weight, bias, eps,
+                                      dropout_p, seed, sum, out, statistics});
+        });
+  m.def("norm_backward", [](std::int64_t width, TensorView d_out, TensorView d_sum, TensorView x,
+                            TensorView statistics, TensorView weight, double dropout_p,
+                            std::int64_t seed, TensorView d_x, TensorView d_input,
+                            TensorView d_weight, TensorView d_bias, TensorView d_input_bias) {
+    call(lmkern::norm_backward, {width, d_out, d_sum, x, statistics, weight, dropout_p, seed, d_x,
+                                 d_input, d_weight, d_bias, d_input_bias});
+  });
 
   m.def("rotary_embedding", [](TensorView q, TensorView k, TensorView cos, TensorView sin,
                                TensorView q_out, TensorView k_out, bool interleaved, bool inverse) {

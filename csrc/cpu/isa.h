@@ -10,6 +10,7 @@
 #include "ops/embedding_bag.h"
 #include "ops/embedding_optimizer.h"
 #include "ops/matmul.h"
+#include "ops/norm.h"
 #include "ops/recurrent.h"
 #include "ops/rotary.h"
 #include "ops/vec_math.h"
@@ -42,6 +43,8 @@ namespace lmkern::cpu {
   KERNEL(void, embedding_sgd, EmbeddingSgdArgs)                                 \
   KERNEL(void, embedding_adagrad, EmbeddingAdagradArgs)                         \
   KERNEL(void, embedding_adam, EmbeddingAdamArgs)                               \
+  KERNEL(void, norm_forward, NormForwardArgs)                                   \
+  KERNEL(void, norm_backward, NormBackwardArgs)                                 \
   KERNEL(void, vec_math, VecMathArgs)
 
 struct Kernels {

@@ -28,29 +28,41 @@ LMKERN_INLINE WideWords multiply_halves(WideWords a, WideWords b) {
 #endif
 }
 
-// Four random words for each lane of counter[0..3] and the key.
-LMKERN_INLINE void philox(Words (&counter)[4], std::uint64_t key) {
-  const auto multiply = [](Words x, std::uint32_t by, Words& high) __attribute__((always_inline)) {
-    const WideWords factor = WideWords{} + by;
-    const WideWords even = multiply_halves((WideWords)x, factor);
-    const WideWords odd = multiply_halves((WideWords)x >> 32, factor);
-    constexpr std::uint64_t kHigh = 0xffffffff00000000u;
-    high = (Words)((even >> 32) | (odd & kHigh));
-    return (Words)((even & ~kHigh) | (odd << 32));
-  };
+// Four random words for each lane of counter[0..3] and the key, in the lower halves of 64-bit lanes;
+// what the upper halves hold does not matter, and is arbitrary afterwards: a product then has its two
+// words where they are wanted next, at a third fewer instructions than with all halves in use.
+LMKERN_INLINE void philox(WideWords (&counter)[4], std::uint64_t key) {
   std::uint32_t key_low = static_cast<std::uint32_t>(key);
   std::uint32_t key_high = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
-    Words high_0, high_2;
-    const Words low_0 = multiply(counter[0], 0xD2511F53u, high_0);
-    const Words low_2 = multiply(counter[2], 0xCD9E8D57u, high_2);
-    counter[0] = high_2 ^ counter[1] ^ key_low;
-    counter[1] = low_2;
-    counter[2] = high_0 ^ counter[3] ^ key_high;
-    counter[3] = low_0;
+    const WideWords product_0 = multiply_halves(counter[0], WideWords{} + 0xD2511F53u);
+    const WideWords product_2 = multiply_halves(counter[2], WideWords{} + 0xCD9E8D57u);
+    counter[0] = (product_2 >> 32) ^ counter[1] ^ key_low;
+    counter[1] = product_2;
+    counter[2] = (product_0 >> 32) ^ counter[3] ^ key_high;
+    counter[3] = product_0;
     key_low += 0x9E3779B9u;
     key_high += 0xBB67AE85u;
   }
+}
+
+// The lower halves of `low`, and those of `high` above them.
+LMKERN_INLINE WideWords join_halves(WideWords low, WideWords high) {
+  return (low & 0xffffffffu) | (high << 32);
+}
+
+// The same for 32-bit lanes.
+LMKERN_INLINE void philox(Words (&counter)[4], std::uint64_t key) {
+  WideWords even[4], odd[4];
+  LMKERN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    even[i] = (WideWords)counter[i];
+    odd[i] = (WideWords)counter[i] >> 32;
+  }
+  philox(even, key);
+  philox(odd, key);
+  LMKERN_UNROLL
+  for (int i = 0; i < 4; ++i) counter[i] = (Words)join_halves(even[i], odd[i]);
 }
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

@@ -242,6 +242,35 @@ def embedding_adam(
     beta2: float,
     eps: float,
 ) -> None: ...
+def norm_forward(
+    width: int,
+    input: Tensor,
+    residual: Tensor | None,
+    input_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+    sum: Tensor | None,
+    out: Tensor,
+    statistics: Tensor,
+) -> None: ...
+def norm_backward(
+    width: int,
+    d_out: Tensor,
+    d_sum: Tensor | None,
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    d_x: Tensor,
+    d_input: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    d_input_bias: Tensor | None,
+) -> None: ...
 def rotary_embedding(
     q: Tensor,
     k: Tensor | None,

@@ -69,6 +69,8 @@ KINDS: dict[str, Kind] = {
     "Linear": Kind({"bias": lambda layer: layer.bias is not None}),
     "CrossEntropyLoss": Kind(),
     "AdaptiveLogSoftmaxWithLoss": Kind({"cutoffs": lambda layer: layer.cutoffs[:-1]}),
+    "LayerNorm": Kind({"bias": lambda layer: layer.bias is not None}),
+    "RMSNorm": Kind(),
     "MultiheadAttention": Kind(
         {
             "bias": lambda layer: layer.in_proj_bias is not None,

@@ -13,20 +13,24 @@ from lmkern.functional._embedding_bag import embedding_bag
 from lmkern.functional._linear import linear
 from lmkern.functional.attention import scaled_dot_product_attention
 from lmkern.functional.loss import cross_entropy, linear_cross_entropy
+from lmkern.functional.norm import add_norm, layer_norm, rms_norm
 from lmkern.functional.position import rotary_embedding
 from lmkern.functional.recurrent import gru, lstm, rnn
 from lmkern.functional.recurrent_cell import gru_cell, lstm_cell, rnn_cell
 
 __all__ = [
+    "add_norm",
     "cross_entropy",
     "embedding",
     "embedding_bag",
     "gru",
     "gru_cell",
+    "layer_norm",
     "linear",
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",
+    "rms_norm",
     "rnn",
     "rnn_cell",
     "rotary_embedding",

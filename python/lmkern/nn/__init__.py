@@ -7,6 +7,7 @@ from lmkern.nn.embedding_bag import EmbeddingBag
 from lmkern.nn.kv_cache import KVCache
 from lmkern.nn.linear import Linear
 from lmkern.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
+from lmkern.nn.norm import AddNorm, LayerNorm, RMSNorm
 from lmkern.nn.position import (
     LearnedPosition,
     RotaryPosition,
@@ -25,16 +26,19 @@ __all__ = [
     "LSTM",
     "RNN",
     "AdaptiveLogSoftmaxWithLoss",
+    "AddNorm",
     "CrossEntropyLoss",
     "Embedding",
     "EmbeddingBag",
     "GRUCell",
     "KVCache",
     "LSTMCell",
+    "LayerNorm",
     "LearnedPosition",
     "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
+    "RMSNorm",
     "RNNBase",
     "RNNCell",
     "RNNCellBase",
