@@ -1,0 +1,81 @@
+// Dropout without a mask in memory: what it multiplies an element with is a function of the seed and
+// of the element's flat index n alone, so that a backward pass has it again, on any thread and with
+// any instruction set.
+//
+//   word n % 4 of philox(counter = {n / 4, its upper half, 0, 0}, key = seed)
+//   keep(n) = word >= round(p 2^32) ? 1 / (1 - p) : 0            p = 1 keeps nothing
+#pragma once
+#include "cpu/philox.h"
+
+namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
+
+template <class T>
+class Dropout {
+ public:
+  static constexpr int kBlock = 4 * kLanes<float>;  // elements of one call of Philox
+
+  LMKERN_INLINE Dropout(double p, std::int64_t seed) : seed_(static_cast<std::uint64_t>(seed)) {
+    const double words = p * 0x1p32 + 0.5;
+    threshold_ = words >= 0x1p32 - 1 ? 0xffffffffu : static_cast<std::uint32_t>(words);
+    scale_ = p < 1 ? static_cast<T>(1 / (1 - p)) : T(0);
+  }
+
+  // keep of the elements 4 quad .. 4 quad + kBlock, in order; for float, in registers.
+  LMKERN_INLINE void block(std::int64_t quad, Vec<float> (&keep)[4]) const {
+    static_assert(sizeof(T) == sizeof(float));
+    Words words[4];
+    random(quad, words);
+    LMKERN_UNROLL
+    for (int v = 0; v < 4; ++v) keep[v] = words[v] >= threshold_ ? splat(scale_) : Vec<float>{};
+  }
+
+  // What `row` wants of a buffer for n elements.
+  static constexpr LMKERN_INLINE std::int64_t row_size(std::int64_t n) {
+    return (n + 3 + kBlock - 1) / kBlock * kBlock;
+  }
+
+  // keep of the elements first .. first + n: written into the buffer, at the address returned.
+  LMKERN_INLINE const T* row(std::int64_t first, std::int64_t n, T* buffer) const {
+    const std::int64_t skip = first % 4;
+    for (std::int64_t i = 0; i < n + skip; i += kBlock) {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        Vec<float> keep[4];
+        block((first + i) / 4, keep);
+        LMKERN_UNROLL
+        for (int v = 0; v < 4; ++v) store(buffer + i + v * kLanes<float>, keep[v]);
+      } else {
+        Words words[4];
+        random((first + i) / 4, words);
+        for (int e = 0; e < kBlock; ++e)
+          buffer[i + e] = words[e / kLanes<float>][e % kLanes<float>] >= threshold_ ? scale_ : T(0);
+      }
+    }
+    return buffer + skip;
+  }
+
+ private:
+  // The words of kBlock elements, in the elements' order.
+  LMKERN_INLINE void random(std::int64_t quad, Words (&words)[4]) const {
+    using Lanes = std::make_integer_sequence<int, kLanes<float>>;
+    const auto low = static_cast<std::uint32_t>(quad);
+    const Words counter = (Words)lane_index<float>() + low;
+    const Words carry = counter < low ? (Words{} + 1u) : Words{};
+    Words of[4] = {counter, carry + static_cast<std::uint32_t>(quad >> 32), Words{}, Words{}};
+    philox(of, seed_);
+    // A lane has the four words of four elements: 4 x lanes is transposed in two perfect shuffles.
+    const Words even_low = interleave<0>(of[0], of[2], Lanes{});
+    const Words even_high = interleave<1>(of[0], of[2], Lanes{});
+    const Words odd_low = interleave<0>(of[1], of[3], Lanes{});
+    const Words odd_high = interleave<1>(of[1], of[3], Lanes{});
+    words[0] = interleave<0>(even_low, odd_low, Lanes{});
+    words[1] = interleave<1>(even_low, odd_low, Lanes{});
+    words[2] = interleave<0>(even_high, odd_high, Lanes{});
+    words[3] = interleave<1>(even_high, odd_high, Lanes{});
+  }
+
+  std::uint64_t seed_;
+  std::uint32_t threshold_;
+  T scale_;
+};
+
+}  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE
