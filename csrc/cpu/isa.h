@@ -4,7 +4,9 @@
 #include <string>
 #include <vector>
 
+#include "ops/activation.h"
 #include "ops/attention.h"
+#include "ops/dropout.h"
 #include "ops/embedding.h"
 #include "ops/matmul.h"
 #include "ops/recurrent.h"
@@ -16,9 +18,12 @@ namespace lmkern::cpu {
 // Every kernel of csrc/cpu: what it returns, its name, its arguments. Each instruction set's build
 // defines all of them in its own namespace; csrc/cpu/table.cpp collects them.
 #define LMKERN_KERNELS(KERNEL)                                     \
+  KERNEL(void, activation_forward, ActivationForwardArgs)          \
+  KERNEL(void, activation_backward, ActivationBackwardArgs)        \
   KERNEL(void, attention_forward, AttentionForwardArgs)            \
   KERNEL(void, attention_backward, AttentionBackwardArgs)          \
   KERNEL(void, attention_weights, AttentionWeightsArgs)            \
+  KERNEL(void, dropout, DropoutArgs)                               \
   KERNEL(void, embedding_forward, EmbeddingForwardArgs)            \
   KERNEL(void, embedding_backward, EmbeddingBackwardArgs)          \
   KERNEL(bool, matmul, MatmulArgs)                                 \

@@ -69,6 +69,9 @@ KINDS: dict[str, Kind] = {
             "max_norm" if layer.max_norm is not None else "sparse=True" if layer.sparse else None
         )
     ),
+    "Dropout": Kind(),
+    "GELU": Kind(),
+    "SiLU": Kind(),
     "MultiheadAttention": Kind(
         {
             "bias": lambda layer: layer.in_proj_bias is not None,

@@ -8,14 +8,19 @@ Bad arguments raise ``ValueError``, ``TypeError`` or ``IndexError`` naming the a
 expected and what came; nothing has been computed then.
 """
 
+from lmkern.functional._dropout import dropout
 from lmkern.functional._embedding import embedding
+from lmkern.functional.activation import geglu, gelu, silu, swiglu
 from lmkern.functional.attention import scaled_dot_product_attention
 from lmkern.functional.position import rotary_embedding
 from lmkern.functional.recurrent import gru, lstm, rnn
 from lmkern.functional.recurrent_cell import gru_cell, lstm_cell, rnn_cell
 
 __all__ = [
+    "dropout",
     "embedding",
+    "geglu",
+    "gelu",
     "gru",
     "gru_cell",
     "lstm",
@@ -24,4 +29,6 @@ __all__ = [
     "rnn_cell",
     "rotary_embedding",
     "scaled_dot_product_attention",
+    "silu",
+    "swiglu",
 ]

@@ -1,6 +1,8 @@
 """Layers with exactly torch's constructor arguments, ``state_dict`` and initialisation."""
 
+from lmkern.nn.activation import GELU, GeGLU, SiLU, SwiGLU
 from lmkern.nn.attention import MultiheadAttention
+from lmkern.nn.dropout import Dropout
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.kv_cache import KVCache
 from lmkern.nn.position import (
@@ -17,11 +19,14 @@ from lmkern.nn.transformer import Transformer, TransformerDecoder, TransformerEn
 from lmkern.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "GELU",
     "GRU",
     "LSTM",
     "RNN",
+    "Dropout",
     "Embedding",
     "GRUCell",
+    "GeGLU",
     "KVCache",
     "LSTMCell",
     "LearnedPosition",
@@ -30,8 +35,10 @@ __all__ = [
     "RNNCell",
     "RNNCellBase",
     "RotaryPosition",
+    "SiLU",
     "SinusoidalPosition",
     "StreamState",
+    "SwiGLU",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
