@@ -24,11 +24,21 @@ lmkern::VecFunction vec_function(const std::string& name) {
   using F = lmkern::VecFunction;
   if (name == "exp") return F::kExp;
   if (name == "exp_nonpositive") return F::kExpNonpositive;
+  if (name == "exp_normal") return F::kExpNormal;
   if (name == "log") return F::kLog;
   if (name == "tanh") return F::kTanh;
   if (name == "sigmoid") return F::kSigmoid;
   if (name == "erf") return F::kErf;
+  if (name == "normal_tail") return F::kNormalTail;
   throw std::invalid_argument("vec_math: no function '" + name + "'");
+}
+
+lmkern::Activation activation(const std::string& name) {
+  using A = lmkern::Activation;
+  if (name == "gelu") return A::kGelu;
+  if (name == "gelu_tanh") return A::kGeluTanh;
+  if (name == "silu") return A::kSilu;
+  throw std::invalid_argument("activation: no function '" + name + "'");
 }
 
 // AttentionProblem, member by member.
@@ -157,6 +167,25 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         [](const Problem& problem, TensorView lse, TensorView weights, bool only_keep) {
           call(lmkern::attention_weights, {attention_problem(problem), lse, weights, only_keep});
         });
+
+  m.def("activation_forward",
+        [](TensorView input, TensorView up, TensorView bias, const std::string& function,
+           bool gated, bool gate_first, TensorView out) {
+          call(lmkern::activation_forward,
+               {{activation(function), gated, gate_first, input, up, bias}, out});
+        });
+  m.def("activation_backward", [](TensorView d_out, TensorView input, TensorView up,
+                                  TensorView bias, const std::string& function, bool gated,
+                                  bool gate_first, TensorView d_input, TensorView d_up,
+                                  TensorView d_bias) {
+    call(
+        lmkern::activation_backward,
+        {{activation(function), gated, gate_first, input, up, bias}, d_out, d_input, d_up, d_bias});
+  });
+
+  m.def("dropout", [](TensorView input, TensorView out, double p, std::int64_t seed) {
+    call(lmkern::dropout, {input, out, p, seed});
+  });
 
   m.def("embedding_forward", [](TensorView weight, TensorView indices, TensorView out,
                                 double max_norm, double norm_type) {

@@ -4,8 +4,10 @@
 #include <string>
 #include <vector>
 
+#include "ops/activation.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/dropout.h"
 #include "ops/embedding.h"
 #include "ops/embedding_bag.h"
 #include "ops/embedding_optimizer.h"
@@ -45,6 +47,9 @@ namespace lmkern::cpu {
   KERNEL(void, embedding_adam, EmbeddingAdamArgs)                               \
   KERNEL(void, norm_forward, NormForwardArgs)                                   \
   KERNEL(void, norm_backward, NormBackwardArgs)                                 \
+  KERNEL(void, activation_forward, ActivationForwardArgs)                       \
+  KERNEL(void, activation_backward, ActivationBackwardArgs)                     \
+  KERNEL(void, dropout, DropoutArgs)                                            \
   KERNEL(void, vec_math, VecMathArgs)
 
 struct Kernels {

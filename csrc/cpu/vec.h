@@ -205,8 +205,17 @@ LMKERN_INLINE auto sum_lanes(V v) {
 
 // ---- lane arithmetic --------------------------------------------------------------------------
 
+// b where either is NaN. By instruction where there is one: compilers do not dare.
+#if defined(__AVX512F__)
+LMKERN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+}
+LMKERN_INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+}
+#endif
 template <class V>
-LMKERN_INLINE V max(V a, V b) {  // b where a is NaN
+LMKERN_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
 template <class V>

@@ -47,6 +47,14 @@ def erf_tail(t):  # erfc(x) e^(x^2) / t, t = 1 / (1 + x/2)
     return erfc(x) * exp(x * x) / t
 
 
+def normal_tail(k):
+    def of(t):  # Phi(-x) e^(x^2 / 2) / t, t = 1 / (1 + k x)
+        x = (1 / t - 1) / mpf(k)
+        return erfc(x / sqrt(2)) / 2 * exp(x * x / 2) / t
+
+    return of
+
+
 def log_tail(z):  # (log((1 + s) / (1 - s)) / s - 2) / z, z = s^2
     s = sqrt(z)
     return mpf(2) / 3 if z == 0 else (log((1 + s) / (1 - s)) / s - 2) / z
@@ -60,5 +68,8 @@ report("float erf |x| <= 1", erf_head, 0, 1, 6, 10)
 report("double erf |x| <= 1", erf_head, 0, 1, 12, 19)
 report("float erf |x| > 1", erf_tail, 1 / mpf(3), 2 / mpf(3), 6, 10)
 report("double erf |x| > 1", erf_tail, 1 / mpf(4), 2 / mpf(3), 17, 19)
+# A larger k makes the result less sensitive to t's rounding, but takes a higher degree.
+report("float normal_tail", normal_tail("0.3"), mpf("0.2"), 1, 9, 10)
+report("double normal_tail", normal_tail("0.2"), 1 / mpf(9), 1, 22, 19)
 report("float log", log_tail, 0, log_end, 3, 10)
 report("double log", log_tail, 0, log_end, 7, 19)

@@ -11,12 +11,15 @@ LMKERN_INLINE Vec<T> apply(VecFunction function, Vec<T> x) {
   switch (function) {
     case VecFunction::kExp: return VecMath<T>::exp(x);
     case VecFunction::kExpNonpositive: return VecMath<T>::exp_nonpositive(x);
+    case VecFunction::kExpNormal: return VecMath<T>::exp_normal(x);
     case VecFunction::kLog: return VecMath<T>::log(x);
     case VecFunction::kTanh: return VecMath<T>::tanh(x);
     case VecFunction::kSigmoid: return VecMath<T>::sigmoid(x);
-    case VecFunction::kErf: break;
+    case VecFunction::kErf: return VecMath<T>::erf(x);
+    case VecFunction::kNormalTail: break;
   }
-  return VecMath<T>::erf(x);
+  Vec<T> density;
+  return VecMath<T>::normal_tail(x, density);
 }
 
 template <class T>

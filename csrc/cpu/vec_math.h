@@ -1,4 +1,4 @@
-// exp, log, tanh, sigmoid and erf of a vector.
+// exp, log, tanh, sigmoid, erf and the tail of the normal distribution of a vector.
 //
 // Max error in ULP over the whole range, denormal results excepted where noted;
 // tests/test_vec_math.py holds us to it. Infinities and NaN give what <cmath> gives.
@@ -6,10 +6,13 @@
 //
 //             float  double   method
 //   exp         1.5     1.5   2^n e^r, |r| <= ln2/2; results below the normals are exact to 1 ULP
+//   exp_normal  1.5     1.5   the same in fewer steps, for |x| <= kExpNormalMax
 //   log         1.5     1.5   n ln2 + atanh series, after fdlibm's e_log.c; denormal arguments too
 //   tanh        3       3     expm1(2x) / (expm1(2x) + 2), so small x keep their relative accuracy
 //   sigmoid     2.5     2.5   1 / (1 + e^-|x|), mirrored through e^x for x < 0
 //   erf         2.5     2.5   x P(x^2) up to 1, then 1 - e^(-x^2) t Q(t), t = 1 / (1 + x/2)
+//   normal_tail 6.5     8.5   e^(-x^2/2) t Q(t), t = 1 / (1 + k x), for 0 <= x <= kNormalMax;
+//                             times 1 + x^2/4, since x^2 is rounded in the exponent
 #pragma once
 #include "cpu/vec.h"
 
@@ -25,6 +28,7 @@ struct MathTables<float> {
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kExpMax = 89.0f, kExpMin = -104.0f;
   static constexpr float kTanhMax = 9.1f, kErfMax = 4.0f;
+  static constexpr float kExpNormalMax = 87.0f, kNormalMax = 12.8f;
   static constexpr float kMinNormal = 0x1p-126f, kDenormalScale = 0x1p24f, kDenormalShift = 24;
   static constexpr float kExp[] = {0.5000000014f,   0.1666666668f,   0.0416664642f,
                                    0.008333310845f, 0.001393373072f, 0.0001989108046f};
@@ -34,6 +38,10 @@ struct MathTables<float> {
   static constexpr float kErfTail[] = {0.2826198898f,     0.2741515745f, 0.2976126923f,
                                        -0.0001439088707f, 0.4365275881f, -0.3857676313f,
                                        0.09489634377f};
+  static constexpr float kNormalScale = 0.3f;
+  static constexpr float kNormal[] = {
+      0.1196875092f,   0.1195556571f, 0.1103703932f,  0.07776156658f, 0.09795600784f,
+      -0.08272380355f, 0.1956739385f, -0.2310623746f, 0.1136159316f,  -0.02083482758f};
   static constexpr float kLog[] = {0.6666666655f, 0.4000012221f, 0.2855077863f, 0.2333161447f};
 };
 
@@ -44,6 +52,7 @@ struct MathTables<double> {
   static constexpr double kLn2High = 0x1.62e42fee00000p-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr double kExpMax = 710.0, kExpMin = -746.0;
   static constexpr double kTanhMax = 19.1, kErfMax = 6.0;
+  static constexpr double kExpNormalMax = 708.0, kNormalMax = 37.0;
   static constexpr double kMinNormal = 0x1p-1022, kDenormalScale = 0x1p54, kDenormalShift = 54;
   static constexpr double kExp[] = {0.5,
                                     0.1666666666666667103,
@@ -69,6 +78,16 @@ struct MathTables<double> {
       -0.259025571257133948, -0.1417346770569407741, 1.728383502194655072,
       -4.055757967379487603, 5.20076725518653261,    -4.159441199858558244,
       2.09572865165866612,   -0.6162720348980566681, 0.08139670653044475017};
+  static constexpr double kNormalScale = 0.2;
+  static constexpr double kNormal[] = {
+      0.07978845608474877831,   0.07978845577548968606,   0.0765969274743472669,
+      0.07021365370889759467,   0.06102473608105166279,   0.04976301769368704981,
+      0.03777226284357138462,   0.02451840955541648526,   0.02036477987132683257,
+      -0.01299696373824099587,  0.06256655246167734572,   -0.1536603907365621819,
+      0.3064472346286971342,    -0.5052944471337164868,   0.6577600415252883173,
+      -0.6740157059640903793,   0.5275261592241740413,    -0.2984155506899851884,
+      0.1122833876056687093,    -0.02313001002887222096,  0.0002913651504726897425,
+      0.0009592376983769061379, -0.0001516090914244325249};
   static constexpr double kLog[] = {
       0.6666666666666666646, 0.4000000000000088324, 0.2857142857079978503, 0.222222223925810451,
       0.1818179554752113623, 0.1538624473762166661, 0.1326863836926682388, 0.1308803485092755383};
@@ -121,6 +140,15 @@ struct VecMath {
     return x < lowest ? V{} : value;
   }
 
+  // For results that are normal and finite: |x| <= kExpNormalMax; cheaper still.
+  static LMKERN_INLINE V exp_normal(V x) {
+    const V shifted = x * T(1.44269504088896340736) + C::kRound;
+    const V n = shifted - C::kRound;
+    const V r = (x - n * C::kLn2High) - n * C::kLn2Low;
+    const V mantissa = (polynomial<T>(r, C::kExp) * r + T(1)) * r + T(1);
+    return (V)((W)mantissa + ((W)shifted << C::kMantissa));  // n is in the lowest bits
+  }
+
   static LMKERN_INLINE V log(V x) {
     const auto denormal = x < C::kMinNormal;
     const V scaled = denormal ? x * C::kDenormalScale : x;
@@ -153,6 +181,14 @@ struct VecMath {
   static LMKERN_INLINE V sigmoid(V x) {
     const V e = exp_nonpositive(-abs(x));
     return divide(x < V{} ? e : splat<T>(T(1)), e + T(1));
+  }
+
+  // Φ(-x) for x >= 0, up to kNormalMax; also the density φ(x), from the same exponential.
+  static LMKERN_INLINE V normal_tail(V x, V& density) {
+    const V e = exp_normal(x * x * T(-0.5));
+    const V t = divide(splat<T>(T(1)), x * C::kNormalScale + T(1));
+    density = e * T(0.39894228040143267794);
+    return e * (t * polynomial<T>(t, C::kNormal));
   }
 
   static LMKERN_INLINE V erf(V x) {

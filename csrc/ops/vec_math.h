@@ -5,7 +5,16 @@
 
 namespace lmkern {
 
-enum class VecFunction { kExp, kExpNonpositive, kLog, kTanh, kSigmoid, kErf };
+enum class VecFunction {
+  kExp,
+  kExpNonpositive,
+  kExpNormal,
+  kLog,
+  kTanh,
+  kSigmoid,
+  kErf,
+  kNormalTail
+};
 
 struct VecMathArgs {
   VecFunction function;

@@ -128,6 +128,28 @@ def attention_backward(
 def attention_weights(
     problem: tuple[Any, ...], lse: Tensor, weights: Tensor, only_keep: bool
 ) -> None: ...
+def activation_forward(
+    input: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    function: str,
+    gated: bool,
+    gate_first: bool,
+    out: Tensor,
+) -> None: ...
+def activation_backward(
+    d_out: Tensor,
+    input: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    function: str,
+    gated: bool,
+    gate_first: bool,
+    d_input: Tensor,
+    d_up: Tensor | None,
+    d_bias: Tensor | None,
+) -> None: ...
+def dropout(input: Tensor, out: Tensor, p: float, seed: int) -> None: ...
 def embedding_forward(
     weight: Tensor, indices: Tensor, out: Tensor, max_norm: float, norm_type: float
 ) -> None: ...

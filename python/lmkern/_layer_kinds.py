@@ -71,6 +71,9 @@ KINDS: dict[str, Kind] = {
     "AdaptiveLogSoftmaxWithLoss": Kind({"cutoffs": lambda layer: layer.cutoffs[:-1]}),
     "LayerNorm": Kind({"bias": lambda layer: layer.bias is not None}),
     "RMSNorm": Kind(),
+    "Dropout": Kind(),
+    "GELU": Kind(),
+    "SiLU": Kind(),
     "MultiheadAttention": Kind(
         {
             "bias": lambda layer: layer.in_proj_bias is not None,

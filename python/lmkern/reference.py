@@ -6,8 +6,9 @@ run wherever a kernel does not. They are not fast.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "rnn_sigmoid": 1}
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def recurrence(
@@ -503,3 +510,23 @@ def add_norm(
     x = F.dropout(x, dropout_p) if keep is None else x * keep
     sum = residual + x
     return norm(sum, normalized_shape, weight, bias, eps, rms), sum
+
+
+def activation(
+    input: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    function: str,
+    gated: bool,
+    gate_first: bool,
+) -> Tensor:
+    """f(x), or f(gate) * value, where x, and without ``up`` [gate value], is input + bias."""
+    x = input if bias is None else input + bias
+    if not gated:
+        return ACTIVATIONS[function](x)
+    first, second = x.chunk(2, -1) if up is None else (x, up)
+    return (
+        ACTIVATIONS[function](first) * second
+        if gate_first
+        else first * ACTIVATIONS[function](second)
+    )

@@ -8,9 +8,11 @@ Bad arguments raise ``ValueError``, ``TypeError`` or ``IndexError`` naming the a
 expected and what came; nothing has been computed then.
 """
 
+from lmkern.functional._dropout import dropout
 from lmkern.functional._embedding import embedding
 from lmkern.functional._embedding_bag import embedding_bag
 from lmkern.functional._linear import linear
+from lmkern.functional.activation import geglu, gelu, silu, swiglu
 from lmkern.functional.attention import scaled_dot_product_attention
 from lmkern.functional.loss import cross_entropy, linear_cross_entropy
 from lmkern.functional.norm import add_norm, layer_norm, rms_norm
@@ -21,8 +23,11 @@ from lmkern.functional.recurrent_cell import gru_cell, lstm_cell, rnn_cell
 __all__ = [
     "add_norm",
     "cross_entropy",
+    "dropout",
     "embedding",
     "embedding_bag",
+    "geglu",
+    "gelu",
     "gru",
     "gru_cell",
     "layer_norm",
@@ -35,4 +40,6 @@ __all__ = [
     "rnn_cell",
     "rotary_embedding",
     "scaled_dot_product_attention",
+    "silu",
+    "swiglu",
 ]

@@ -1,7 +1,9 @@
 """Layers with exactly torch's constructor arguments, ``state_dict`` and initialisation."""
 
+from lmkern.nn.activation import GELU, GeGLU, SiLU, SwiGLU
 from lmkern.nn.adaptive_softmax import AdaptiveLogSoftmaxWithLoss
 from lmkern.nn.attention import MultiheadAttention
+from lmkern.nn.dropout import Dropout
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.embedding_bag import EmbeddingBag
 from lmkern.nn.kv_cache import KVCache
@@ -22,15 +24,18 @@ from lmkern.nn.transformer import Transformer, TransformerDecoder, TransformerEn
 from lmkern.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "GELU",
     "GRU",
     "LSTM",
     "RNN",
     "AdaptiveLogSoftmaxWithLoss",
     "AddNorm",
     "CrossEntropyLoss",
+    "Dropout",
     "Embedding",
     "EmbeddingBag",
     "GRUCell",
+    "GeGLU",
     "KVCache",
     "LSTMCell",
     "LayerNorm",
@@ -43,8 +48,10 @@ __all__ = [
     "RNNCell",
     "RNNCellBase",
     "RotaryPosition",
+    "SiLU",
     "SinusoidalPosition",
     "StreamState",
+    "SwiGLU",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
