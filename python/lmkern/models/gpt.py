@@ -98,7 +98,7 @@ class Attention(nn.Module):
             )
         self.qkv = layers.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.out = layers.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.out_dropout = nn.Dropout(config.dropout)
+        self.out_dropout = layers.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         batch, length, width = x.shape
@@ -120,10 +120,11 @@ class MLP(nn.Module):
         super().__init__()
         self.up = layers.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.out = layers.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.activation = layers.GELU()
+        self.dropout = layers.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.out(F.gelu(self.up(x))))
+        return self.dropout(self.out(self.activation(self.up(x))))
 
 
 class Block(nn.Module):
@@ -131,9 +132,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layers: Any) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attention_norm = layers.LayerNorm(config.n_embd, bias=config.bias)
         self.attention = Attention(config, layers)
-        self.mlp_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp_norm = layers.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config, layers)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
@@ -159,9 +160,9 @@ class GPT(LanguageModel):
         self.config = config
         self.token_embedding = layers.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Parameter(torch.empty(config.block_size, config.n_embd))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = layers.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.norm = layers.LayerNorm(config.n_embd, bias=config.bias)
         self.head = Head(config.n_embd, config.vocab_size, bias=False, backend=backend)
         self.head.weight = self.token_embedding.weight
         self._init_parameters()

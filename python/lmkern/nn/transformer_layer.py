@@ -7,10 +7,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Dropout, LayerNorm, Module
+from torch.nn import Module
 
+from lmkern.functional import gelu
 from lmkern.nn.attention import MultiheadAttention
+from lmkern.nn.dropout import Dropout
 from lmkern.nn.linear import Linear
+from lmkern.nn.norm import LayerNorm
 
 Activation = str | Callable[[Tensor], Tensor]
 
@@ -35,7 +38,7 @@ class _Layer(Module):
                     f"{type(self).__name__}: activation must be 'relu', 'gelu' or a callable, "
                     f"got {activation!r}"
                 )
-            self.activation = F.relu if activation == "relu" else F.gelu
+            self.activation = F.relu if activation == "relu" else gelu
         else:
             self.activation = activation
 
