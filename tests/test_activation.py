@@ -63,7 +63,7 @@ def test_whole_range(isa, name):
         }[name]
     )
     error = ours(x).double() - exact
-    assert (error.abs() <= torch.where(x > 0, 4e-7, 6e-6) * exact.abs()).all()
+    assert (error.abs() <= torch.where(x > 0, 4e-7, 8e-6) * exact.abs()).all()
     assert error[x < 0].abs().max() <= 6.1e-8
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Dropout, Module
 
 from lmkern.functional import gelu
 from lmkern.nn.attention import MultiheadAttention
-from lmkern.nn.dropout import Dropout
 from lmkern.nn.linear import Linear
 from lmkern.nn.norm import LayerNorm
 
