@@ -24,7 +24,6 @@ def zipf_ids() -> torch.Tensor:
 
 
 # Until the sparse gradient has a kernel, lmkern's layer runs torch's operator and says so.
-@pytest.mark.filterwarnings("ignore::lmkern.LmkernWarning")
 @pytest.mark.parametrize("peer", ["dense", "sparse"])
 def test_training_step(compare, threads, peer):
     """Embedding forward and backward, and AdamW; torch's dense way, or SparseAdam without decay."""

@@ -11,11 +11,17 @@ import torch.nn.functional as F
 import lmkern
 from lmkern import _C
 from lmkern.functional import linear
+from lmkern.ops import linear as op
 from oracle import assert_oracle
 
 needs_amx = pytest.mark.skipif(
     "amx" not in _C.supported_isas(), reason="this machine cannot run the amx kernels"
 )
+
+
+@pytest.fixture(autouse=True)
+def _small_products_too(monkeypatch):
+    monkeypatch.setattr(op, "_LEAST_PRODUCTS", 1 << 22)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

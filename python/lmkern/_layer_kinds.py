@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lmkern import nn
-from lmkern.ops.library import _KERNEL_DEVICES, KERNEL_DTYPES
+from lmkern.ops.library import KERNEL_DEVICES, KERNEL_DTYPES
 
 # An attribute: "" for a plain one, or "_parameters" or "_buffers"; its name.
 Place = tuple[str, str]
@@ -30,14 +30,12 @@ class Kind:
 
     Attributes:
         arguments: constructor arguments that the layer does not keep under their own name.
-        no_kernel: the option that lmkern has no kernel for, if the layer uses one.
         reads_children: whether torch's forward reads the weights of children past their forward.
         drop: torch's private attributes that only its own forward needs.
         restore: brings those back.
     """
 
     arguments: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
-    no_kernel: Callable[[Any], str | None] = lambda layer: None
     reads_children: bool = False
     drop: tuple[str, ...] = ()
     restore: Callable[[Any], None] = lambda layer: None
@@ -137,13 +135,12 @@ def obstacle(module: Module, base: type[Module]) -> str:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if type(tensor) not in (Parameter, torch.Tensor, torch.nn.Buffer):
             return f"{name} is a {type(tensor).__name__}"
-        if tensor.device.type not in _KERNEL_DEVICES:
+        if tensor.device.type not in KERNEL_DEVICES:
             return f"no kernel for device '{tensor.device.type}'"
         is_number = tensor.is_floating_point() or tensor.is_complex()
         if is_number and tensor.dtype not in KERNEL_DTYPES:
             return f"no kernel for {tensor.dtype}"
-    option = KINDS[base.__name__].no_kernel(module)
-    return f"no kernel for {option}" if option else ""
+    return ""
 
 
 def needed_state(

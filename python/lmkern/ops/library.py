@@ -16,7 +16,7 @@ from lmkern._warnings import warn_once
 _LIBRARY = torch.library.Library("lmkern", "DEF")
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_KERNEL_DEVICES = ("cpu", "meta")
+KERNEL_DEVICES = ("cpu", "meta")
 
 
 def define_op(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -55,7 +55,7 @@ def use_kernel(op: str, tensor: Tensor, *, transforms: bool = False) -> bool:
     and dtypes (with one warning), forward-mode differentiation, and, unless the op has rules for them
     (``transforms``), the transforms of torch.func.
     """
-    if tensor.device.type not in _KERNEL_DEVICES:
+    if tensor.device.type not in KERNEL_DEVICES:
         warn_once(
             f"{op}: no kernel for device '{tensor.device.type}' yet, running plain torch operations"
         )

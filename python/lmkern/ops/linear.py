@@ -11,8 +11,9 @@ from torch import Tensor
 from lmkern import _C
 from lmkern.ops.library import define_op, matmul, reference_backward, use_kernel
 
-# Products of rows, columns and depth below which torch's node in C++ costs less than a Function here.
-_LEAST_PRODUCTS, _LEAST_ROWS = 1 << 22, 96
+# Products of rows, columns and depth below which the tiles gain less (15 % of 200 us) than a Function
+# here costs over torch's node in C++.
+_LEAST_PRODUCTS, _LEAST_ROWS = 1 << 26, 96
 
 
 @torch.compiler.assume_constant_result
