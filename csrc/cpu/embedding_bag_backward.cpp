@@ -112,7 +112,8 @@ void weights_backward(const EmbeddingBagWeightsBackwardArgs& a) {
   for (std::int64_t b = 0; b < terms.bags; ++b)
     for (std::int64_t i = terms.starts[b]; i < terms.starts[b + 1]; ++i) bag_of[i] = b;
   S* const d_weights = a.d_per_sample_weights.ptr<S>();
-  __builtin_memset(d_weights, 0, a.bags.indices.numel() * sizeof(S));  // padding, outside of bags
+  const std::int64_t all = a.bags.indices.numel();
+  for (std::int64_t i = 0; i < all; ++i) d_weights[i] = S{};  // padding, outside of bags
   const std::int64_t count = terms.starts[terms.bags];
   parallel(threads_for(count * width), [&](int thread, int threads) {
     const Range range = thread_range(count, 1, thread, threads);
