@@ -160,6 +160,13 @@ def test_shift():
     torch.testing.assert_close(loss, F.cross_entropy(logits, y[:, 1:]))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+def test_shift_of_other_integers(dtype):
+    x, w, y = torch.randn(2, 4, 5), torch.randn(200, 5), torch.randint(0, 200, (2, 4))
+    ours = linear_cross_entropy(x, w, y.to(dtype), shift=True)
+    torch.testing.assert_close(ours, linear_cross_entropy(x, w, y, shift=True))
+
+
 def test_several_losses_for_an_input():
     x, w, b = torch.randn(4, 5), torch.randn(7, 2, 3, 5), torch.randn(7, 2, 3)
     y = torch.randint(0, 7, (4, 2, 3))
@@ -303,15 +310,17 @@ def test_adaptive_softmax(reduction):
     torch.testing.assert_close(ours(x[1], y[1]).output, b.output[1])
 
 
-def test_adaptive_softmax_ignores():
-    layer = lmkern.nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5], ignore_index=0)
-    x, y = torch.randn(6, 8), torch.tensor([0, 3, 0, 17, 4, 6])
-    keep = y != 0
+@pytest.mark.parametrize("ignore", [0, 5, 6, 17, -1])
+def test_adaptive_softmax_ignores(ignore):
+    """5 and 6 are also numbers of clusters in the head."""
+    layer = lmkern.nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 9], ignore_index=ignore)
+    x, y = torch.randn(7, 8), torch.tensor([0, 3, ignore, 17, 4, 6, 12])
+    keep = y != ignore
     some, rest = layer(x, y), layer(x[keep], y[keep])
     torch.testing.assert_close(some.loss, rest.loss)
     assert (some.output[~keep] == 0).all()
     with pytest.raises(IndexError, match="target 20 is out of range for 20 classes"):
-        layer(x, y + 3)
+        layer(x[:1], y[:1] + 20)
 
 
 @pytest.mark.parametrize(

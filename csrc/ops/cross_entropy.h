@@ -16,7 +16,8 @@
 // Aliasing   d_logits may be logits.
 // Numerics   exponentials and sums in float (double for float64), in an order that depends on C and
 //            `first` alone; d_logits is rounded once. A position whose gradients are all 0 gets zeros,
-//            whatever its logits. maximum and log sum stay apart, for logits far from 0.
+//            whatever its logits. maximum and log sum stay apart, so that p and log p_y are as exact
+//            for logits far from 0; a total, and picked of probabilities, lose lse's digits there.
 // Errors     IndexError for a target outside of [0, classes) that is not ignore_index.
 #pragma once
 #include "core/tensor_view.h"

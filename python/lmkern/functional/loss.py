@@ -176,7 +176,7 @@ def linear_cross_entropy(
     shape, classes = input.shape[:-1], linear_weight.shape[0]
     if shift:
         target = _shifted(op, target, shape, ignore)
-    x = input.reshape(-1, input.shape[-1])
+    x = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
     goal = _target(
         op, target, (*shape, classes), shape, x, weight, ignore, softcap, label_smoothing,
     )  # fmt: skip
@@ -208,7 +208,7 @@ def _shifted(op: str, target: Tensor, shape: torch.Size, ignore_index: int) -> T
     if target.is_floating_point() or not shape:
         raise ValueError(f"{op}: target must be class indices [..., L] with shift")
     check_shape(op, "target", target, shape, "[..., L]")
-    return F.pad(target[..., 1:], (0, 1), value=ignore_index)
+    return F.pad(target[..., 1:].long(), (0, 1), value=ignore_index)
 
 
 def _target(
@@ -236,7 +236,7 @@ def _target(
     if target.is_floating_point():
         check_shape(op, "target", target, full, "like the logits")
         if last:
-            flat = target.reshape(-1, classes).t().unsqueeze(0).to(wide)
+            flat = target.reshape(len(rows), classes).t().unsqueeze(0).to(wide)
         else:
             flat = target.reshape(rows.shape).to(rows.dtype)
         return Target(None, flat, *options)
