@@ -2,8 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/pool_tensor.h"
 #include "bindings/tensor_caster.h"
-#include "core/memory.h"
 #include "core/parallel.h"
 #include "cpu/isa.h"
 
@@ -317,7 +317,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     call(lmkern::vec_math, {vec_function(function), x, out});
   });
 
-  m.def("prefer_huge_pages", [](TensorView fresh) { lmkern::prefer_huge_pages(fresh); });
+  m.def("pool_empty", &lmkern::dlpack::pool_empty);
+  m.def("pool_clear", &lmkern::pool_clear);
+  m.def("pool_enable", &lmkern::pool_enable);
+  m.def("pool_bytes", [] {
+    const auto [used, kept, most_used] = lmkern::pool_bytes();
+    return py::make_tuple(used, kept, most_used);
+  });
 
   m.def("isa", [] { return lmkern::cpu::kernels().isa; });
   m.def("supported_isas", &lmkern::cpu::supported_isas);

@@ -1,51 +1,12 @@
-// torch.Tensor -> TensorView, through DLPack's C exchange API: no libtorch, so no ABI to mismatch,
-// and 0.1 us a tensor. Each tensor type (Tensor, Parameter) carries a table of C functions in a
-// capsule, `type.__dlpack_c_exchange_api__` (torch >= 2.10).
-//
-// The declarations below are the part of DLPack 1.x that is read here.
-// Source: github.com/dmlc/dlpack, include/dlpack/dlpack.h, version 1.3.
+// torch.Tensor -> TensorView, through DLPack's C exchange API: 0.1 us a tensor.
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
-
+#include "bindings/dlpack.h"
 #include "core/check.h"
 #include "core/tensor_view.h"
 
 namespace lmkern::dlpack {
-
-struct Version {
-  std::uint32_t major, minor;
-};
-struct Device {
-  std::int32_t type, id;
-};
-struct DataType {
-  std::uint8_t code, bits;
-  std::uint16_t lanes;
-};
-struct Tensor {  // DLTensor
-  void* data;
-  Device device;
-  std::int32_t ndim;
-  DataType dtype;
-  std::int64_t* shape;
-  std::int64_t* strides;
-  std::uint64_t byte_offset;
-};
-struct ExchangeApi {  // DLPackExchangeAPI
-  Version version;
-  ExchangeApi* previous;
-  void* managed_tensor_allocator;
-  void* managed_tensor_from_py_object;
-  void* managed_tensor_to_py_object;
-  int (*tensor_from_py_object)(void* object,
-                               Tensor* out);  // borrowed, valid until the GIL is released
-  void* current_work_stream;
-};
-
-inline constexpr std::int32_t kCpu = 1;
-inline constexpr std::uint32_t kMajor = 1;
 
 inline DType dtype_of(DataType type) {
   constexpr std::uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
@@ -58,35 +19,6 @@ inline DType dtype_of(DataType type) {
   if (type.code == kInt && type.bits == 64) return DType::kInt64;
   if (type.code == kBool && type.bits == 8) return DType::kBool;
   return DType::kOther;
-}
-
-// The table of a type, or null if it has none. Two types are common, so two are remembered.
-inline const ExchangeApi* exchange_api(PyTypeObject* type) {
-  struct Entry {
-    PyTypeObject* type;
-    const ExchangeApi* api;
-  };
-  thread_local Entry cache[2] = {};
-  for (const Entry& entry : cache)
-    if (entry.type == type) return entry.api;
-  PyObject* capsule =
-      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
-  if (capsule == nullptr) {
-    PyErr_Clear();
-    return nullptr;
-  }
-  const auto* api =
-      static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  Py_DECREF(capsule);
-  if (api == nullptr) throw pybind11::error_already_set();
-  while (api != nullptr && api->version.major != kMajor) api = api->previous;
-  if (api == nullptr) throw std::runtime_error("lmkern: torch offers no DLPack 1.x exchange API");
-  // A type is remembered only if it lives as long as the process: a static one,
-  // or torch's Parameter.
-  cache[1] = cache[0];
-  cache[0] = {type, api};
-  Py_INCREF(type);
-  return api;
 }
 
 inline bool view_of(PyObject* object, TensorView* view) {

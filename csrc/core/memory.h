@@ -1,9 +1,9 @@
-// Fresh memory is expensive: the kernel zeroes it page by page, at a fault each. Two remedies.
+// Scratch memory of kernels.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
-#include "core/tensor_view.h"
+#include "core/dtype.h"
 
 namespace lmkern {
 
@@ -44,10 +44,5 @@ class Scratch {
   std::uintptr_t base_ = 0;
   std::size_t used_ = 0;
 };
-
-// Asks for 2 MiB pages under a large contiguous tensor that was just allocated and not yet written:
-// first touch of 150 MB then takes 28 ms in place of 64. A hint; where the system has no such
-// pages, or the tensor is small, nothing happens.
-void prefer_huge_pages(const TensorView& fresh);
 
 }  // namespace lmkern

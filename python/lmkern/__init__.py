@@ -6,6 +6,7 @@
 ``lmkern.convert()``   swaps the layers of an existing model; ``lmkern.revert()`` undoes it
 ``lmkern.register_transformers()``  attn_implementation="lmkern" for Hugging Face models
 ``lmkern.models``      whole language models; ``lmkern.train``, ``lmkern.data``, ``lmkern.generate``
+``lmkern.empty_cache()``  gives back the memory that is kept for the next large tensors
 ``lmkern.info()``      versions, instruction set, threads
 """
 
@@ -27,6 +28,7 @@ from lmkern._info import info
 from lmkern._warnings import LmkernWarning
 from lmkern.convert import ConversionReport, ConvertedLayer, convert, revert
 from lmkern.integrations import register_transformers
+from lmkern.ops.memory import empty_cache
 
 __all__ = [
     "ConversionReport",
@@ -34,6 +36,7 @@ __all__ = [
     "LmkernWarning",
     "__version__",
     "convert",
+    "empty_cache",
     "functional",
     "info",
     "nn",

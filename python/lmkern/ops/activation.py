@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lmkern import _C, reference
 from lmkern.ops.library import define_op, reference_backward
+from lmkern.ops.memory import fresh
 
 _PROBLEM = "Tensor input, Tensor? up, Tensor? bias, str function, bool gated, bool gate_first"
 
@@ -21,13 +22,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() > 1 and x.stride(-1) == 1 else x.contiguous()
 
 
-def _fresh(x: Tensor) -> Tensor:
-    """_rows of a result that was just allocated."""
-    x = _rows(x)
-    _C.prefer_huge_pages(x)
-    return x
-
-
 def _forward_fake(
     input: Tensor,
     up: Tensor | None,
@@ -37,8 +31,8 @@ def _forward_fake(
     gate_first: bool,
 ) -> Tensor:
     if gated and up is None:
-        return input.new_empty(*input.shape[:-1], input.shape[-1] // 2)
-    return input.new_empty(input.shape)
+        return fresh(input, *input.shape[:-1], input.shape[-1] // 2)
+    return fresh(input, input.shape)
 
 
 def _forward_cpu(
@@ -50,7 +44,7 @@ def _forward_cpu(
     gate_first: bool,
 ) -> Tensor:
     out = _forward_fake(input, up, bias, function, gated, gate_first)
-    rows = _fresh(out)
+    rows = _rows(out)
     _C.activation_forward(
         _rows(input), None if up is None else _rows(up),
         None if bias is None else bias.contiguous(), function, gated, gate_first, rows,
@@ -68,9 +62,9 @@ def _backward_fake(
     gate_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        input.new_empty(input.shape),
-        input.new_empty(0 if up is None else up.shape),
-        input.new_empty(0 if bias is None else bias.shape),
+        fresh(input, input.shape),
+        fresh(input, 0 if up is None else up.shape),
+        fresh(input, 0 if bias is None else bias.shape),
     )
 
 
@@ -87,8 +81,8 @@ def _backward_cpu(
     d_input, d_up, d_bias = grads
     _C.activation_backward(
         _rows(d_out), _rows(input), None if up is None else _rows(up),
-        None if bias is None else bias.contiguous(), function, gated, gate_first, _fresh(d_input),
-        None if up is None else _fresh(d_up), None if bias is None else d_bias,
+        None if bias is None else bias.contiguous(), function, gated, gate_first, _rows(d_input),
+        None if up is None else _rows(d_up), None if bias is None else d_bias,
     )  # fmt: skip
     return grads
 

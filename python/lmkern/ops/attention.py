@@ -20,6 +20,7 @@ from lmkern.ops.library import (
     reference_backward,
     register_vmap,
 )
+from lmkern.ops.memory import fresh
 
 _PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
@@ -83,12 +84,12 @@ def _heads_like(x: Tensor, width: int) -> Tensor:
     # [B, N, H, D] in memory: heads are views of one projection more often than not, and models merge
     # them next, without a copy.
     batch, heads, length, _ = x.shape
-    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+    return fresh(x, batch, length, heads, width).transpose(1, 2)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     q, _, v = args[:3]
-    return _heads_like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    return _heads_like(q, v.shape[3]), fresh(q, q.shape[:3], dtype=accumulate_dtype(q.dtype))
 
 
 def _forward_cpu(*args: Any) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ def _backward_fake(
     mask = p.mask.shape if need_mask and p.mask is not None else (0,)
     grads = (_heads_like(x, x.shape[3]) for x in p[:3])
     return (  # type: ignore[return-value]
-        *grads, p.q.new_empty(distances, dtype=wide), p.q.new_empty(mask, dtype=wide)
+        *grads, fresh(p.q, distances, dtype=wide), fresh(p.q, mask, dtype=wide)
     )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def _backward_cpu(
 def _weights_fake(*args: Any) -> Tensor:
     p, mean = Problem(*args[:_SIZE]), args[-2]
     batch, heads, queries, _ = p.q.shape
-    return p.q.new_empty(batch, 1 if mean else heads, queries, p.k.shape[2])
+    return fresh(p.q, batch, 1 if mean else heads, queries, p.k.shape[2])
 
 
 def _weights_cpu(*args: Any) -> Tensor:
@@ -194,7 +195,7 @@ def plain_attention(q: Any, k: Any, v: Any, scale: float | None, causal: bool) -
     ):
         return None
     batch, heads, queries, depth = q.shape
-    out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
+    out = fresh(q, batch, queries, heads, v.shape[-1]).transpose(1, 2)
     lse = q.new_empty(batch, heads, queries, dtype=accumulate_dtype(q.dtype))
     scale = 1 / math.sqrt(max(depth, 1)) if scale is None else scale
     problem = (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lmkern import _C, reference
 from lmkern.ops.library import accumulate_dtype, define_op, reference_backward
+from lmkern.ops.memory import fresh
 
 
 class Terms(NamedTuple):
@@ -53,7 +54,7 @@ def new_terms(like: Tensor, shape: tuple[int, int], target: Target) -> tuple[Ter
     wide, probable = accumulate_dtype(like.dtype), target.probabilities is not None
 
     def term(wanted: bool = True, dtype: torch.dtype = wide) -> Tensor:
-        return like.new_empty(shape if wanted else (0,), dtype=dtype)
+        return fresh(like, shape if wanted else (0,), dtype=dtype)
 
     terms = Terms(term(), term(), term(target.smooth), term(not probable, torch.bool))
     return terms, Saved(term(), term(), term(probable))
@@ -169,7 +170,7 @@ def _forward_cpu(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return fresh(logits, logits.shape)
 
 
 def _backward_cpu(
@@ -184,7 +185,6 @@ def _backward_cpu(
 ) -> Tensor:
     target, saved, classes = Target(*arguments), Saved(maximum, log_sum, mass), logits.shape[1]
     d_logits = _backward_fake(logits)
-    _C.prefer_huge_pages(d_logits)
     d_sums = sum_gradients(target, classes, saved, (d_lse, d_likelihood, d_total))
     target = _kernel_target(target)
     differentiate(_dense(logits), target, None, 0, classes, saved, d_sums, d_logits)

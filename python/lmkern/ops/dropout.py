@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lmkern import _C
 from lmkern.ops.library import define_op
+from lmkern.ops.memory import fresh
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -17,14 +18,12 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _fake(input: Tensor, seed: Tensor, p: float) -> Tensor:
-    return input.new_empty(input.shape)
+    return fresh(input, input.shape)
 
 
 def _cpu(input: Tensor, seed: Tensor, p: float) -> Tensor:
     out = _fake(input, seed, p)
-    fresh = _flat(out)
-    _C.prefer_huge_pages(fresh)
-    _C.dropout(_flat(input.contiguous()), fresh, p, int(seed))
+    _C.dropout(_flat(input.contiguous()), _flat(out), p, int(seed))
     return out
 
 

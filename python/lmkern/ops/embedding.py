@@ -12,6 +12,7 @@ from torch import Tensor
 from lmkern import _C, reference
 from lmkern.ops.gradient_buffer import GradientBuffer, buffer_of, fill_gradient
 from lmkern.ops.library import define_op, is_plain_backward, reference_backward
+from lmkern.ops.memory import fresh
 
 
 class Buckets(NamedTuple):
@@ -26,9 +27,9 @@ def bucket(indices: Tensor, num_embeddings: int, padding_idx: int = -1) -> Bucke
     """Sort ``indices`` (contiguous) into buckets, without those of ``padding_idx``."""
     count = indices.numel()
     most = min(count, num_embeddings)
-    ids = indices.new_empty(most, dtype=torch.int64)
-    starts = indices.new_empty(most + 1, dtype=torch.int64)
-    order = indices.new_empty(count, dtype=torch.int64)
+    ids = fresh(indices, most, dtype=torch.int64)
+    starts = fresh(indices, most + 1, dtype=torch.int64)
+    order = fresh(indices, count, dtype=torch.int64)
     distinct = _C.embedding_buckets(indices, num_embeddings, padding_idx, ids, starts, order)
     if distinct < most:
         ids, starts = ids[:distinct], starts[: distinct + 1]
@@ -40,12 +41,11 @@ def contiguous_rows(weight: Tensor) -> Tensor:
 
 
 def _forward_fake(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    return weight.new_empty(*indices.shape, weight.shape[1])
+    return fresh(weight, *indices.shape, weight.shape[1])
 
 
 def _forward_cpu(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
     out = _forward_fake(weight, indices, max_norm, norm_type)
-    _C.prefer_huge_pages(out)
     _C.embedding_forward(contiguous_rows(weight), indices.contiguous(), out, max_norm, norm_type)
     return out
 
@@ -63,7 +63,7 @@ def _renorm_cpu(weight: Tensor, indices: Tensor, max_norm: float, norm_type: flo
 def _backward_fake(
     d_out: Tensor, indices: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
-    return d_out.new_empty(num_embeddings, d_out.shape[-1])
+    return fresh(d_out, num_embeddings, d_out.shape[-1])
 
 
 def _backward_cpu(
@@ -116,7 +116,7 @@ def sparse_gradient(
 ) -> Tensor:
     """The gradient as a coalesced sparse tensor [V, D]: int64 ids ascending, rows [U, D]."""
     buckets = bucket(indices.contiguous(), num_embeddings, padding_idx)
-    rows = d_out.new_empty(buckets.ids.shape[0], d_out.shape[-1])
+    rows = fresh(d_out, buckets.ids.shape[0], d_out.shape[-1])
     _C.embedding_backward(_flat(d_out), *buckets, None, rows, True, scale_grad_by_freq)
     return sparse_tensor(buckets.ids, rows, num_embeddings)
 

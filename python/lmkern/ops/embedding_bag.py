@@ -11,6 +11,7 @@ from lmkern import _C, reference
 from lmkern.ops.embedding import bucket, contiguous_rows, mark_coalesced, sparse_tensor, weak_leaf
 from lmkern.ops.gradient_buffer import GradientBuffer, buffer_of, fill_gradient
 from lmkern.ops.library import define_op, is_plain_backward, reference_backward
+from lmkern.ops.memory import fresh
 
 MODES = ("sum", "mean", "max")  # lmkern::BagMode, in its order
 _MAX = MODES.index("max")
@@ -44,7 +45,7 @@ def _forward_fake(weight: Tensor, *bags_and_save: Any) -> tuple[Tensor, Tensor]:
     *bags, save = bags_and_save
     count = _count(bags[0], bags[1], bags[3])
     shape = (count, weight.shape[1]) if bags[4] == _MAX and save else (0,)
-    return weight.new_empty(count, weight.shape[1]), weight.new_empty(shape, dtype=torch.int32)
+    return fresh(weight, count, weight.shape[1]), fresh(weight, shape, dtype=torch.int32)
 
 
 def _forward_cpu(weight: Tensor, *bags_and_save: Any) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ def _gradient(
         )
 
     if sparse:
-        rows = d_out.new_empty(buckets.ids.shape[0], d_out.shape[1])
+        rows = fresh(d_out, buckets.ids.shape[0], d_out.shape[1])
         write(rows, None)
         return sparse_tensor(buckets.ids, rows, num_embeddings)
     shape = num_embeddings, d_out.shape[1]
@@ -90,7 +91,7 @@ def _gradient(
 
 
 def _backward_fake(d_out: Tensor, winners: Tensor, *rest: Any) -> Tensor:
-    return d_out.new_empty(rest[-2], d_out.shape[1])
+    return fresh(d_out, rest[-2], d_out.shape[1])
 
 
 def _backward_cpu(d_out: Tensor, winners: Tensor, *rest: Any) -> Tensor:
@@ -99,7 +100,7 @@ def _backward_cpu(d_out: Tensor, winners: Tensor, *rest: Any) -> Tensor:
 
 
 def _weights_backward_fake(d_out: Tensor, winners: Tensor, weight: Tensor, *bags: Any) -> Tensor:
-    return weight.new_empty(bags[0].shape)
+    return fresh(weight, bags[0].shape)
 
 
 def _weights_backward_cpu(d_out: Tensor, winners: Tensor, weight: Tensor, *bags: Any) -> Tensor:

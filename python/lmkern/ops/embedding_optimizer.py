@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lmkern import _C, reference
 from lmkern.ops.library import accumulate_dtype, use_kernel
+from lmkern.ops.memory import fresh
 
 
 class Table(NamedTuple):
@@ -72,7 +73,4 @@ def _run(rule: str, table: Table, *state: Any) -> None:
 
 def fresh_state(parameter: Tensor, shape: torch.Size, value: float = 0.0) -> Tensor:
     """A state tensor: float32 (float64 for a float64 parameter), contiguous, filled with ``value``."""
-    state = torch.empty(shape, dtype=accumulate_dtype(parameter.dtype), device=parameter.device)
-    if state.device.type == "cpu":
-        _C.prefer_huge_pages(state)  # rows are read here and there: fewer misses in the page table
-    return state.fill_(value)
+    return fresh(parameter, shape, dtype=accumulate_dtype(parameter.dtype)).fill_(value)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from lmkern import _C
 from lmkern._warnings import warn_once
+from lmkern.ops.memory import fresh
 
 _LIBRARY = torch.library.Library("lmkern", "DEF")
 
@@ -169,7 +170,7 @@ def matmul(
     x, y = a.t() if transpose_a else a, b.t() if transpose_b else b
     rows, depth, columns = x.shape[0], x.shape[1], y.shape[1]
     if out is None:
-        out = a.new_empty(rows, columns)
+        out = fresh(a, rows, columns)
     if (
         a.dtype == torch.float32
         and rows >= _LEAST_ROWS

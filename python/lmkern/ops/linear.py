@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmkern import _C
 from lmkern.ops.library import define_op, matmul, reference_backward, use_kernel
+from lmkern.ops.memory import fresh
 
 # Products of rows, columns and depth below which the tiles gain less (15 % of 200 us) than a Function
 # here costs over torch's node in C++.
@@ -36,12 +37,11 @@ def has_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return fresh(x, *x.shape[:-1], weight.shape[0])
 
 
 def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = _forward_fake(x, weight, bias)
-    _C.prefer_huge_pages(out)
     matmul(x.flatten(0, -2), weight, bias, out.flatten(0, -2), transpose_b=True)
     return out
 
@@ -51,7 +51,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (x.shape, weight.shape, weight.shape[:1])
     d_x, d_weight, d_bias = (
-        x.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)
+        fresh(x, shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)
     )
     return d_x, d_weight, d_bias
 
@@ -62,10 +62,8 @@ def _backward_cpu(
     d_x, d_weight, d_bias = _backward_fake(d_out, x, weight, wanted)
     d_rows, rows = d_out.flatten(0, -2), x.flatten(0, -2)
     if wanted[0]:
-        _C.prefer_huge_pages(d_x)
         matmul(d_rows, weight, out=d_x.view(-1, d_x.shape[-1]))
     if wanted[1]:
-        _C.prefer_huge_pages(d_weight)
         matmul(d_rows, rows, out=d_weight, transpose_a=True)
     if wanted[2]:
         torch.sum(d_rows, 0, out=d_bias)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmkern import _C, reference
+from lmkern import reference
 from lmkern.ops.cross_entropy import (
     OUTPUTS,
     SAVED,
@@ -24,6 +24,7 @@ from lmkern.ops.cross_entropy import (
     sum_gradients,
 )
 from lmkern.ops.library import accumulate_dtype, define_op, matmul, reference_backward
+from lmkern.ops.memory import fresh
 
 # Logits up to so many elements are kept from forward to backward; of more, chunks of classes of
 # about so many are computed twice. A chunk of 8 MB is still in L2 or L3 when it is read.
@@ -63,12 +64,12 @@ class _Logits:
 
     def new_chunk(self) -> Tensor:
         """Room for any one chunk."""
-        return self.x.new_empty(self.width * self.rows)
+        return fresh(self.x, self.width * self.rows)
 
     def new_whole(self, keep: bool) -> Tensor:
         """Room for all of them, one after the other, if they are kept; empty otherwise."""
         keep = keep and _keeps(self.rows, self.classes)
-        return self.x.new_empty(self.classes * self.rows if keep else 0)
+        return fresh(self.x, self.classes * self.rows if keep else 0)
 
     def chunk_of(self, whole: Tensor, first: int, end: int) -> Tensor:
         return self.matrix(whole[self.rows * first : self.rows * end], end - first)
@@ -140,7 +141,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (x.shape, linear_weight.shape, linear_weight.shape[:1])
     d_x, d_weight, d_bias = (
-        x.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)
+        fresh(x, shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)
     )
     return d_x, d_weight, d_bias
 
@@ -166,7 +167,6 @@ def _backward_cpu(
     own_saved = Saved(*(logits.positions(t) for t in saved))
     target = logits.target(target)
     d_x, d_weight, d_bias = _backward_fake(x, linear_weight, bias, whole, wanted)
-    _C.prefer_huge_pages(d_weight)
     wide, by_rows = x.dtype == logits.dtype, logits.by_rows
     d_rows = d_x if wide else d_x.to(logits.dtype)
     room = logits.new_chunk()

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lmkern import _C, reference
 from lmkern.ops.library import accumulate_dtype, define_op, reference_backward
-
-_LARGE = 1 << 20  # elements, from which on large pages may pay
+from lmkern.ops.memory import fresh
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
@@ -38,25 +37,17 @@ def _statistics(x: Tensor, rows: int, rms: bool) -> Tensor:
     return x.new_empty((1 if rms else 2, rows), dtype=accumulate_dtype(x.dtype))
 
 
-def fresh_like(x: Tensor) -> Tensor:
-    """A contiguous tensor to be written, in large pages if it is large."""
-    fresh = x.new_empty(x.shape)
-    if fresh.numel() >= _LARGE:
-        _C.prefer_huge_pages(fresh)
-    return fresh
-
-
 def _forward_fake(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
-    return input.new_empty(input.shape), _statistics(input, _extents(input, dims)[0], rms)
+    return fresh(input, input.shape), _statistics(input, _extents(input, dims)[0], rms)
 
 
 def _forward_cpu(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
     rows, width = _extents(input, dims)
-    out, statistics = fresh_like(input), _statistics(input, rows, rms)
+    out, statistics = fresh(input, input.shape), _statistics(input, rows, rms)
     _C.norm_forward(
         width, _rows(input, width), None, None, _contiguous(weight), _contiguous(bias), eps, 0.0, 0,
         None, out, statistics,
@@ -68,7 +59,7 @@ def _backward_fake(
     d_out: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, dims: int,
     need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape), *_d_parameters(x, statistics, dims, need_weight, need_bias)  # type: ignore[return-value]
+    return fresh(x, x.shape), *_d_parameters(x, statistics, dims, need_weight, need_bias)  # type: ignore[return-value]
 
 
 def _d_parameters(x: Tensor, statistics: Tensor, dims: int, *need: bool) -> list[Tensor]:
@@ -85,7 +76,7 @@ def _backward_cpu(
     need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _, width = _extents(x, dims)
-    d_x, grads = fresh_like(x), _d_parameters(x, statistics, dims, need_weight, need_bias)
+    d_x, grads = fresh(x, x.shape), _d_parameters(x, statistics, dims, need_weight, need_bias)
     d_weight, d_bias = _wanted(grads, need_weight, need_bias)
     _C.norm_backward(
         width, _rows(d_out, width), None, _rows(x, width), statistics, _contiguous(weight), 0.0, 0,
@@ -98,7 +89,7 @@ def _add_forward_fake(
     input: Tensor, residual: Tensor, input_bias: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, seed: Tensor | None, dims: int, eps: float, rms: bool, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out, sum = (input.new_empty(input.shape) for _ in range(2))
+    out, sum = (fresh(input, input.shape) for _ in range(2))
     return out, sum, _statistics(input, _extents(input, dims)[0], rms)
 
 
@@ -107,7 +98,11 @@ def _add_forward_cpu(
     bias: Tensor | None, seed: Tensor | None, dims: int, eps: float, rms: bool, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, width = _extents(input, dims)
-    out, sum, statistics = fresh_like(input), fresh_like(input), _statistics(input, rows, rms)
+    out, sum, statistics = (
+        fresh(input, input.shape),
+        fresh(input, input.shape),
+        _statistics(input, rows, rms),
+    )
     _C.norm_forward(
         width, _rows(input, width), _rows(residual, width), _contiguous(input_bias),
         _contiguous(weight), _contiguous(bias), eps, dropout_p, 0 if seed is None else int(seed),
@@ -123,7 +118,7 @@ def _add_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need = (need_weight, need_bias, need_input_bias)
     return (  # type: ignore[return-value]
-        sum.new_empty(sum.shape), sum.new_empty(sum.shape if dropout_p > 0 else 0),
+        fresh(sum, sum.shape), fresh(sum, sum.shape if dropout_p > 0 else 0),
         *_d_parameters(sum, statistics, dims, *need),
     )  # fmt: skip
 
@@ -134,8 +129,8 @@ def _add_backward_cpu(
     need_input_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need, (_, width) = (need_weight, need_bias, need_input_bias), _extents(sum, dims)
-    d_x, grads = fresh_like(sum), _d_parameters(sum, statistics, dims, *need)
-    d_input = fresh_like(sum) if dropout_p > 0 else sum.new_empty(0)
+    d_x, grads = fresh(sum, sum.shape), _d_parameters(sum, statistics, dims, *need)
+    d_input = fresh(sum, sum.shape) if dropout_p > 0 else fresh(sum, 0)
     _C.norm_backward(
         width, _rows(d_out, width), None if d_sum is None else _rows(d_sum, width),
         sum.contiguous(), statistics,

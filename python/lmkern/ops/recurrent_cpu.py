@@ -3,6 +3,7 @@ products over all steps around the kernel. Math and layouts: csrc/ops/recurrent.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lmkern import _C
 from lmkern.ops.library import accumulate_dtype, matmul, plain_products
+from lmkern.ops.memory import fresh
 from lmkern.ops.recurrent_rows import Rows, rows_of
 
 # In the order of csrc/ops/recurrent.h's RecurrentCell.
@@ -89,13 +91,13 @@ def _outputs(i: Inputs, o: Options, save: bool, want_cells: bool) -> tuple[Tenso
     lstm, norm = o.cell == 0, i.norm_hh is not None
 
     def saved(wanted: bool, columns: int, dtype: torch.dtype) -> Tensor:
-        return x.new_empty((n, columns) if save and wanted else (0,), dtype=dtype)
+        return fresh(x, (n, columns) if save and wanted else (0,), dtype=dtype)
 
     return (
-        x.new_empty((*lead, width)),
-        x.new_empty(batch, width),
-        x.new_empty((batch, hidden) if lstm else (0,)),
-        x.new_empty((*lead, hidden) if want_cells else (0,)),
+        fresh(x, (*lead, width)),
+        fresh(x, batch, width),
+        fresh(x, (batch, hidden) if lstm else (0,)),
+        fresh(x, (*lead, hidden) if want_cells else (0,)),
         saved(not o.recompute, wide, x.dtype),
         saved(lstm, hidden, wider),
         saved(o.cell == 1 and not o.recompute, hidden, wider),
@@ -132,7 +134,6 @@ def _recurrent_operand(i: Inputs, rows: Rows, y: Tensor, reverse: bool) -> Tenso
     return h
 
 
-_LARGE = 1 << 20  # elements from which huge pages are worth asking for
 _CHUNK_BYTES = 1 << 20  # of x' in a chunk: half of a core's cache
 
 
@@ -156,10 +157,7 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     packed_y = rows.fresh(y)
     cells = saved.cells[:n] if saved.cells.numel() else None
     if cells is None and want_cells:
-        cells = i.x.new_empty(n, hidden, dtype=accumulate_dtype(i.x.dtype))
-    for fresh in (packed_y, *kept):
-        if fresh.numel() > _LARGE:
-            _C.prefer_huge_pages(fresh)
+        cells = fresh(i.x, n, hidden, dtype=accumulate_dtype(i.x.dtype))
     packed_h, packed_c = rows.fresh_state(h_n), rows.fresh_state(c_n)
     h0, c0 = rows.sort(i.h0), rows.sort(i.c0)
     options = _kernel_options(i, o, rows)
@@ -170,9 +168,7 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
                 i, o, options, rows, chunk, h0, c0, packed_y, packed_h, packed_c, cells
             )
         else:
-            gates = saved.gates[:n] if saved.gates.numel() else i.x.new_empty(n, wide)
-            if gates.numel() > _LARGE:
-                _C.prefer_huge_pages(gates)
+            gates = saved.gates[:n] if saved.gates.numel() else fresh(i.x, n, wide)
             _project(i, rows.pack(i.x), gates)
             first_hh = None
             if h0 is not None and rows.single:  # a single product is not worth packing w_hh for
@@ -225,11 +221,10 @@ def _forward_in_chunks(
     steps, b = i.x.shape[0], rows.batch
     wide, width = i.w_hh.shape
     x = rows.pack(i.x)
-    buffer = i.x.new_empty(chunk * b, wide)
+    buffer = fresh(i.x, chunk * b, wide)
     # Room for panels of vectors or of tiles, whose extents are rounded up, with biases.
     room = (width + 40) * (wide + 4 * 64) * 2 * max(1, i.x.element_size() // 4)
-    packed = torch.empty(room, dtype=torch.float32)
-    _C.prefer_huge_pages(packed)
+    packed = fresh(i.x, room, dtype=torch.float32)
     starts = list(range(0, steps, chunk))
     for at in reversed(starts) if o.reverse else starts:
         part = slice(at * b, min(at + chunk, steps) * b)
@@ -255,7 +250,7 @@ def forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _gradients(i: Inputs, need: list[bool]) -> tuple[Tensor, ...]:
     return tuple(
-        i.x.new_empty(t.shape if wanted and t is not None else (0,))
+        fresh(i.x, t.shape if wanted and t is not None else (0,))
         for t, wanted in zip(i[:DIFFERENTIABLE], need, strict=True)
     )
 
@@ -285,14 +280,14 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
             operand = _recurrent_operand(i, rows, packed_y, o.reverse)
         if o.recompute:
             assert operand is not None
-            gates = i.x.new_empty(n, wide)
+            gates = fresh(i.x, n, wide)
             _project(i, rows.pack(i.x), gates)
             if norm or i.b_hh is None:
                 hh = matmul(operand, i.w_hh, transpose_b=True).to(wider)
             else:
                 hh = matmul(operand, i.w_hh, i.b_hh, transpose_b=True).to(wider)
 
-    new = i.x.new_empty
+    new = functools.partial(fresh, i.x)
     d_gates = new(n, wide)
     d_hh = new(n, wide) if gru or norm else None
     d_h = new(n, width) if i.w_hr is not None else None
@@ -303,8 +298,6 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
         c_now = new(n, hidden, dtype=wider)
     d_h0 = new(rows.batch, width) if need[5] else None
     d_c0 = new(rows.batch, hidden) if need[6] else None
-    if d_gates.numel() > _LARGE:
-        _C.prefer_huge_pages(d_gates)
     backward: Any = _C.recurrent_backward
     backward(
         *_kernel_options(i, o, rows), rows.pack(d_y), rows.sort(d_h_n), rows.sort(d_c_n),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmkern.ops.library import matmul
+from lmkern.ops.memory import fresh
 
 
 class Rows:
@@ -158,7 +159,7 @@ class SortedRows(PackedRows):
         return None if x is None else x.flatten(0, 1).index_select(0, self.index)
 
     def fresh(self, y: Tensor) -> Tensor:
-        return y.new_empty(self.count, y.shape[-1])
+        return fresh(y, self.count, y.shape[-1])
 
     def unpack(self, packed: Tensor, out: Tensor) -> None:
         assert self.index is not None
