@@ -12,6 +12,7 @@ from lmkern.functional._dropout import dropout
 from lmkern.functional._embedding import embedding
 from lmkern.functional._embedding_bag import embedding_bag
 from lmkern.functional._linear import linear
+from lmkern.functional._tie import tie
 from lmkern.functional.activation import geglu, gelu, silu, swiglu
 from lmkern.functional.attention import scaled_dot_product_attention
 from lmkern.functional.loss import cross_entropy, linear_cross_entropy
@@ -42,4 +43,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "silu",
     "swiglu",
+    "tie",
 ]
