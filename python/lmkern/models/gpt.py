@@ -177,6 +177,20 @@ class GPT(LanguageModel):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
+    def _embed(self, input_ids: Tensor, begin: int) -> Tensor:
+        """dropout(token + position), the first position being `begin`."""
+        if type(self.token_embedding) is lmkern.nn.Embedding:
+            return lmkern.functional.token_position_embedding(
+                input_ids,
+                self.token_embedding.weight,
+                self.position_embedding,
+                offset=begin,
+                dropout_p=self.dropout.p,
+                training=self.dropout.training,
+            )
+        positions = self.position_embedding[begin : begin + input_ids.shape[1]]
+        return self.dropout(self.token_embedding(input_ids) + positions)
+
     @property
     def context_size(self) -> int:
         return self.config.block_size
@@ -223,8 +237,7 @@ class GPT(LanguageModel):
             )
         if state is not None and state.batch_size != batch:
             raise ValueError(f"GPT: state holds {state.batch_size} sequences, input_ids {batch}")
-        positions = self.position_embedding[begin : begin + length]
-        x = self.dropout(self.token_embedding(input_ids) + positions)
+        x = self._embed(input_ids, begin)
         for layer, block in enumerate(self.blocks):
             x = block(x, state, layer)
         return self.head(self.norm(x), targets), state
