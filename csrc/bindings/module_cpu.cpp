@@ -60,6 +60,15 @@ lmkern::EmbeddingBags embedding_bags(const Bags& bags) {
           padding_idx};
 }
 
+// TokenPosition, member by member.
+using TokenPositionRows = std::tuple<TensorView, TensorView, TensorView, TensorView, std::int64_t,
+                                     std::int64_t, TensorView, TensorView, double>;
+
+lmkern::TokenPosition token_position(const TokenPositionRows& members) {
+  return std::apply([](const auto&... member) { return lmkern::TokenPosition{member...}; },
+                    members);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -203,9 +212,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         });
   m.def("embedding_backward",
         [](TensorView d_out, TensorView ids, TensorView starts, TensorView order, TensorView stale,
-           TensorView d_weight, bool sparse, bool scale_grad_by_freq) {
+           TensorView d_weight, bool sparse, bool scale_grad_by_freq, double scale) {
           call(lmkern::embedding_backward,
-               {d_out, ids, starts, order, stale, d_weight, sparse, scale_grad_by_freq});
+               {d_out, ids, starts, order, stale, d_weight, sparse, scale_grad_by_freq, scale});
         });
 
   m.def("embedding_clear", [](TensorView d_weight) { call(lmkern::embedding_clear, {d_weight}); });
@@ -301,6 +310,20 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                             TensorView d_weight, TensorView d_bias, TensorView d_input_bias) {
     call(lmkern::norm_backward, {width, d_out, d_sum, x, statistics, weight, dropout_p, seed, d_x,
                                  d_input, d_weight, d_bias, d_input_bias});
+  });
+
+  m.def("token_position_forward",
+        [](const TokenPositionRows& rows, TensorView weight, TensorView bias, double eps,
+           double dropout_p, std::int64_t seed, TensorView out, TensorView statistics) {
+          call(lmkern::token_position_forward,
+               {token_position(rows), weight, bias, eps, dropout_p, seed, out, statistics});
+        });
+  m.def("token_position_backward", [](const TokenPositionRows& rows, TensorView d_out,
+                                      TensorView statistics, TensorView weight, double dropout_p,
+                                      std::int64_t seed, TensorView d_sum, TensorView d_position,
+                                      TensorView d_weight, TensorView d_bias) {
+    call(lmkern::token_position_backward, {token_position(rows), d_out, statistics, weight,
+                                           dropout_p, seed, d_sum, d_position, d_weight, d_bias});
   });
 
   m.def("rotary_embedding", [](TensorView q, TensorView k, TensorView cos, TensorView sin,

@@ -30,6 +30,7 @@ void backward(const EmbeddingBackwardArgs& a) {
                a.stale.defined() ? a.stale.shape[0] : 0,
                a.d_weight.shape[1],
                a.scale_grad_by_freq};
+  sums.scale = a.scale;
   Scratch::place([&](Scratch& scratch) { sums.layout(scratch); });
   const OrderedRows<S> terms{a.d_out.ptr<const S>(), sums.width, a.order.ptr<const std::int64_t>()};
   write_row_sums(sums, terms, a.d_weight.ptr<S>());

@@ -15,6 +15,7 @@
 #include "ops/norm.h"
 #include "ops/recurrent.h"
 #include "ops/rotary.h"
+#include "ops/token_position.h"
 #include "ops/vec_math.h"
 
 namespace lmkern::cpu {
@@ -50,6 +51,8 @@ namespace lmkern::cpu {
   KERNEL(void, activation_forward, ActivationForwardArgs)                       \
   KERNEL(void, activation_backward, ActivationBackwardArgs)                     \
   KERNEL(void, dropout, DropoutArgs)                                            \
+  KERNEL(void, token_position_forward, TokenPositionForwardArgs)                \
+  KERNEL(void, token_position_backward, TokenPositionBackwardArgs)              \
   KERNEL(void, vec_math, VecMathArgs)
 
 struct Kernels {

@@ -13,11 +13,6 @@
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {
 
-int threads_for(std::int64_t elements, std::int64_t items) {
-  const int most = elements < kForkElements ? 1 : max_threads();
-  return items < most ? static_cast<int>(items) : most;
-}
-
 template <class S>
 struct Forward {
   using T = Accumulate<S>;

@@ -127,9 +127,10 @@ struct ColumnSums {
   static constexpr std::int64_t kMostBlocks = 64, kLeastRows = 16;
 
   std::int64_t rows, width;
-  int kinds;  // sums of each column
+  int kinds;                             // sums of each column
+  std::int64_t least_rows = kLeastRows;  // of a block
   std::int64_t stride = (width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  std::int64_t block_rows = block_rows_of(rows);
+  std::int64_t block_rows = block_rows_of(rows, least_rows);
   std::int64_t blocks = (rows + block_rows - 1) / block_rows;
   T* sums = nullptr;  // [blocks, kinds, stride], uninitialised
 
@@ -151,13 +152,19 @@ struct ColumnSums {
   }
 
  private:
-  static std::int64_t block_rows_of(std::int64_t rows) {
+  static LMKERN_INLINE std::int64_t block_rows_of(std::int64_t rows, std::int64_t least) {
     const std::int64_t even = (rows + kMostBlocks - 1) / kMostBlocks;
-    return even < kLeastRows ? kLeastRows : even;
+    return even < least ? least : even;
   }
 };
 
 inline constexpr std::int64_t kForkElements =
     1 << 15;  // below, a parallel region costs more than it saves
+
+// Threads for so many elements, in items that are not divided.
+LMKERN_INLINE int threads_for(std::int64_t elements, std::int64_t items) {
+  const int most = elements < kForkElements ? 1 : max_threads();
+  return items < most ? static_cast<int>(items) : most;
+}
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

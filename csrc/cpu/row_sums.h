@@ -123,6 +123,7 @@ struct RowSums {
   bool mean;  // divided by the number of terms
   RowSumItem* items = nullptr;
   std::int64_t* clear = nullptr;
+  double scale = 1;  // of every sum
 
   // Takes what write_row_sums needs.
   LMKERN_INLINE void layout(Scratch& scratch) {
@@ -148,7 +149,7 @@ LMKERN_INLINE void write_row_sums(const RowSums& r, const Terms& terms, S* targe
       for (std::int64_t u = item.first; u < item.last; ++u) {
         const std::int64_t first = r.starts[u], last = r.starts[u + 1];
         S* const row = target + (r.rows == nullptr ? u : r.rows[u]) * r.width;
-        const T scale = r.mean ? T(1) / static_cast<T>(last - first) : T(1);
+        const T scale = static_cast<T>(r.scale) / (r.mean ? static_cast<T>(last - first) : T(1));
         if (first == last)
           __builtin_memset(row, 0, r.width * sizeof(S));
         else

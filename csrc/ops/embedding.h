@@ -53,6 +53,7 @@ struct EmbeddingBackwardArgs {
                                   // sparse: [U, D] out, row u for ids[u]
   bool sparse;
   bool scale_grad_by_freq;
+  double scale;  // of all rows
 };
 
 // Zeros where d_weight is not zero.

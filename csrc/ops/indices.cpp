@@ -13,11 +13,14 @@ std::string position_string(const TensorView& view, std::int64_t flat) {
   return shape_string(at);
 }
 
-void check_indices(const Check& check, const TensorView& indices, std::int64_t rows) {
+void check_indices(const Check& check, const TensorView& indices, std::int64_t rows,
+                   const char* name, const char* extent) {
+  const char* const argument = name == nullptr ? "input" : name;
   if (indices.dtype != DType::kInt32 && indices.dtype != DType::kInt64)
-    check.fail_type(std::string("input must be int32 or int64, got ") + dtype_name(indices.dtype));
-  check.dtype("input", indices, indices.dtype);
-  check.contiguous("input", indices);
+    check.fail_type(std::string(argument) + " must be int32 or int64, got " +
+                    dtype_name(indices.dtype));
+  check.dtype(argument, indices, indices.dtype);
+  check.contiguous(argument, indices);
   dispatch_index_types(indices.dtype, [&](auto tag) {
     using I = typename decltype(tag)::type;
     const I* index = indices.ptr<const I>();
@@ -26,9 +29,9 @@ void check_indices(const Check& check, const TensorView& indices, std::int64_t r
     for (std::int64_t i = 0; i < n; ++i) valid &= index[i] >= 0 && index[i] < rows;
     for (std::int64_t i = 0; !valid && i < n; ++i)
       if (index[i] < 0 || index[i] >= rows)
-        check.fail_index("index " + std::to_string(index[i]) + " at position " +
-                         position_string(indices, i) +
-                         " is out of range for V = " + std::to_string(rows));
+        check.fail_index((name == nullptr ? "index " : std::string(name) + ": index ") +
+                         std::to_string(index[i]) + " at position " + position_string(indices, i) +
+                         " is out of range for " + extent + " = " + std::to_string(rows));
   });
 }
 

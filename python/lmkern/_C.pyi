@@ -172,6 +172,7 @@ def embedding_backward(
     d_weight: Tensor,
     sparse: bool,
     scale_grad_by_freq: bool,
+    scale: float,
 ) -> None: ...
 def embedding_clear(d_weight: Tensor) -> None: ...
 def embedding_is_clear(d_weight: Tensor, written: Tensor | None, samples: int) -> bool: ...
@@ -293,6 +294,28 @@ def norm_backward(
     d_weight: Tensor | None,
     d_bias: Tensor | None,
     d_input_bias: Tensor | None,
+) -> None: ...
+def token_position_forward(
+    rows: tuple[Any, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+    out: Tensor,
+    statistics: Tensor | None,
+) -> None: ...
+def token_position_backward(
+    rows: tuple[Any, ...],
+    d_out: Tensor,
+    statistics: Tensor | None,
+    weight: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    d_sum: Tensor | None,
+    d_position: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
 ) -> None: ...
 def rotary_embedding(
     q: Tensor,

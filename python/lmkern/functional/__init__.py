@@ -20,6 +20,7 @@ from lmkern.functional.norm import add_norm, layer_norm, rms_norm
 from lmkern.functional.position import rotary_embedding
 from lmkern.functional.recurrent import gru, lstm, rnn
 from lmkern.functional.recurrent_cell import gru_cell, lstm_cell, rnn_cell
+from lmkern.functional.token_position import token_position_embedding
 
 __all__ = [
     "add_norm",
@@ -44,4 +45,5 @@ __all__ = [
     "silu",
     "swiglu",
     "tie",
+    "token_position_embedding",
 ]

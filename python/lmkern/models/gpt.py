@@ -177,6 +177,24 @@ class GPT(LanguageModel):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
+    def _embed(self, input_ids: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+        """dropout(token + position), the first position being `begin`; and the head's weight."""
+        weight = self.token_embedding.weight
+        if type(self.token_embedding) is lmkern.nn.Embedding:
+            table, weight = lmkern.functional.tie(weight)
+            x = lmkern.functional.token_position_embedding(
+                input_ids,
+                table,
+                self.position_embedding,
+                offset=begin,
+                dropout_p=self.dropout.p,
+                training=self.dropout.training,
+                sparse=table is not weight,
+            )
+            return x, weight
+        positions = self.position_embedding[begin : begin + input_ids.shape[1]]
+        return self.dropout(self.token_embedding(input_ids) + positions), weight
+
     @property
     def context_size(self) -> int:
         return self.config.block_size
@@ -223,8 +241,7 @@ class GPT(LanguageModel):
             )
         if state is not None and state.batch_size != batch:
             raise ValueError(f"GPT: state holds {state.batch_size} sequences, input_ids {batch}")
-        positions = self.position_embedding[begin : begin + length]
-        x = self.dropout(self.token_embedding(input_ids) + positions)
+        x, head_weight = self._embed(input_ids, begin)
         for layer, block in enumerate(self.blocks):
             x = block(x, state, layer)
-        return self.head(self.norm(x), targets), state
+        return self.head(self.norm(x), targets, head_weight), state

@@ -23,20 +23,24 @@ class Head(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.backend = backend
 
-    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, targets: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
         """Logits; with ``targets`` [...] the sum of their cross entropies, float32.
 
-        A target of -100, torch's ``ignore_index``, counts for nothing.
+        A target of -100, torch's ``ignore_index``, counts for nothing. ``weight``: another name of
+        this layer's, from :func:`lmkern.functional.tie`.
         """
+        weight = self.weight if weight is None else weight
         if self.backend == "lmkern":
             if targets is None:
-                return lmkern.functional.linear(input, self.weight, self.bias)
+                return lmkern.functional.linear(input, weight, self.bias)
             loss = lmkern.functional.linear_cross_entropy(
-                input, self.weight, targets, linear_bias=self.bias, reduction="sum"
+                input, weight, targets, linear_bias=self.bias, reduction="sum"
             )
             assert isinstance(loss, Tensor)
             return loss.float()
-        logits = F.linear(input, self.weight, self.bias)
+        logits = F.linear(input, weight, self.bias)
         if targets is None:
             return logits
         return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum")

@@ -20,6 +20,7 @@ from lmkern.nn.recurrent import GRU, LSTM, RNN
 from lmkern.nn.recurrent_base import RNNBase
 from lmkern.nn.recurrent_cell import GRUCell, LSTMCell, RNNCell, RNNCellBase
 from lmkern.nn.stream import StreamState
+from lmkern.nn.token_position import TokenPositionEmbedding
 from lmkern.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
 from lmkern.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
@@ -52,6 +53,7 @@ __all__ = [
     "SinusoidalPosition",
     "StreamState",
     "SwiGLU",
+    "TokenPositionEmbedding",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

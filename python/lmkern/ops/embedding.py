@@ -61,15 +61,27 @@ def _renorm_cpu(weight: Tensor, indices: Tensor, max_norm: float, norm_type: flo
 
 
 def _backward_fake(
-    d_out: Tensor, indices: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool
+    d_out: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    scale: float = 1.0,
 ) -> Tensor:
     return fresh(d_out, num_embeddings, d_out.shape[-1])
 
 
 def _backward_cpu(
-    d_out: Tensor, indices: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool
+    d_out: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    scale: float = 1.0,
 ) -> Tensor:
-    return dense_gradient(d_out, indices, num_embeddings, padding_idx, scale_grad_by_freq, None)
+    return dense_gradient(
+        d_out, indices, num_embeddings, padding_idx, scale_grad_by_freq, None, scale
+    )
 
 
 def dense_gradient(
@@ -79,18 +91,19 @@ def dense_gradient(
     padding_idx: int,
     scale_grad_by_freq: bool,
     buffer: GradientBuffer | None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """The gradient [V, D], in the weight's buffer or in fresh memory."""
+    """The gradient [V, D] times ``scale``, in the weight's buffer or in fresh memory."""
     buckets, rows = bucket(indices.contiguous(), num_embeddings, padding_idx), _flat(d_out)
 
     def write(gradient: Tensor, stale: Tensor | None) -> None:
-        _C.embedding_backward(rows, *buckets, stale, gradient, False, scale_grad_by_freq)
+        _C.embedding_backward(rows, *buckets, stale, gradient, False, scale_grad_by_freq, scale)
 
     return fill_gradient(buffer, (num_embeddings, rows.shape[1]), rows.dtype, buckets.ids, write)
 
 
 def _flat(d_out: Tensor) -> Tensor:
-    return d_out.reshape(-1, d_out.shape[-1]).contiguous()
+    return d_out.reshape(math.prod(d_out.shape[:-1]), d_out.shape[-1]).contiguous()
 
 
 define_op(
@@ -105,19 +118,24 @@ define_op(
 )
 define_op(
     "embedding_backward(Tensor d_out, Tensor indices, SymInt num_embeddings, int padding_idx, "
-    "bool scale_grad_by_freq) -> Tensor",
+    "bool scale_grad_by_freq, float scale=1.0) -> Tensor",
     cpu=_backward_cpu,
     fake=_backward_fake,
 )
 
 
 def sparse_gradient(
-    d_out: Tensor, indices: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool
+    d_out: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    scale: float = 1.0,
 ) -> Tensor:
     """The gradient as a coalesced sparse tensor [V, D]: int64 ids ascending, rows [U, D]."""
     buckets = bucket(indices.contiguous(), num_embeddings, padding_idx)
     rows = fresh(d_out, buckets.ids.shape[0], d_out.shape[-1])
-    _C.embedding_backward(_flat(d_out), *buckets, None, rows, True, scale_grad_by_freq)
+    _C.embedding_backward(_flat(d_out), *buckets, None, rows, True, scale_grad_by_freq, scale)
     return sparse_tensor(buckets.ids, rows, num_embeddings)
 
 

@@ -11,6 +11,7 @@ from .embedding import clip_norm, embedding, embedding_bag
 from .embedding_optimizer import embedding_adagrad, embedding_adam, embedding_sgd
 from .norm import add_norm, norm
 from .recurrent import GATES, recurrence
+from .token_position import token_position_embedding
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,4 +29,5 @@ __all__ = [
     "norm",
     "recurrence",
     "scaled_dot_product_attention",
+    "token_position_embedding",
 ]
