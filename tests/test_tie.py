@@ -68,7 +68,13 @@ def test_a_gradient_that_others_hold_is_left_alone(use):
         function, other = uses_of_a_gradient()[use]
         table, head = lf.tie(weight) if tied else (weight, weight.view_as(weight))
         (lf.embedding(ids, table, sparse=tied).tanh().sum() + function(head)).backward()
-        grads.append([weight.grad, head.grad if use == "retained" else None, None if other is None else other.grad])
+        grads.append(
+            [
+                weight.grad,
+                head.grad if use == "retained" else None,
+                None if other is None else other.grad,
+            ]
+        )
     for ours, theirs in zip(*grads, strict=True):
         if ours is not None:
             torch.testing.assert_close(ours, theirs)

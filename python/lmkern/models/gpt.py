@@ -179,9 +179,8 @@ class GPT(LanguageModel):
 
     def _embed(self, input_ids: Tensor, begin: int) -> tuple[Tensor, Tensor]:
         """dropout(token + position), the first position being `begin`; and the head's weight."""
-        weight = self.token_embedding.weight
         if type(self.token_embedding) is lmkern.nn.Embedding:
-            table, weight = lmkern.functional.tie(weight)
+            table, head = self.head.tied_to(self.token_embedding.weight)
             x = lmkern.functional.token_position_embedding(
                 input_ids,
                 table,
@@ -189,11 +188,11 @@ class GPT(LanguageModel):
                 offset=begin,
                 dropout_p=self.dropout.p,
                 training=self.dropout.training,
-                sparse=table is not weight,
+                sparse=table is not self.token_embedding.weight,
             )
-            return x, weight
+            return x, head
         positions = self.position_embedding[begin : begin + input_ids.shape[1]]
-        return self.dropout(self.token_embedding(input_ids) + positions), weight
+        return self.dropout(self.token_embedding(input_ids) + positions), self.head.weight
 
     @property
     def context_size(self) -> int:

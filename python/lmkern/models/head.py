@@ -23,13 +23,19 @@ class Head(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.backend = backend
 
+    def tied_to(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """An embedding's weight, and ours: by :func:`lmkern.functional.tie`, if they are one."""
+        if self.backend == "lmkern" and table is self.weight:
+            return lmkern.functional.tie(table)
+        return table, self.weight
+
     def forward(
         self, input: Tensor, targets: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
         """Logits; with ``targets`` [...] the sum of their cross entropies, float32.
 
         A target of -100, torch's ``ignore_index``, counts for nothing. ``weight``: another name of
-        this layer's, from :func:`lmkern.functional.tie`.
+        this layer's, from :meth:`tied_to`.
         """
         weight = self.weight if weight is None else weight
         if self.backend == "lmkern":

@@ -13,6 +13,9 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lmkern.functional
+import lmkern.nn
+
 from .head import Head
 from .pretrained import (
     Backend,
@@ -127,11 +130,7 @@ class RecurrentLM(LanguageModel):
     def __init__(self, config: RecurrentLMConfig, backend: Backend = "lmkern") -> None:
         super().__init__()
         check_backend(backend)
-        embedding: Any = nn.Embedding
-        if backend == "lmkern":
-            import lmkern.nn
-
-            embedding = lmkern.nn.Embedding
+        embedding: Any = lmkern.nn.Embedding if backend == "lmkern" else nn.Embedding
         self.config = config
         self.embedding = embedding(config.vocab_size, config.embedding_dim)
         below = [config.embedding_dim, *config.layer_sizes]
@@ -193,7 +192,8 @@ class RecurrentLM(LanguageModel):
                 f"RecurrentLM: state must have {parts * len(self.layers)} tensors, got {len(state)}"
             )
         # Time-major from here on: transposing the ids costs nothing, transposing vectors would.
-        x = self._drop(self._embed(input_ids.t()), "input")  # [T, B, E]
+        table, head_weight = self.head.tied_to(self.embedding.weight)
+        x = self._drop(self._embed(input_ids.t(), table), "input")  # [T, B, E]
         states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             if i > 0:
@@ -201,13 +201,16 @@ class RecurrentLM(LanguageModel):
             x, last = layer(x, None if state is None else state[parts * i : parts * (i + 1)])
             states += last
         dropped = self._drop(x, "output")  # [T, B, H]
-        result = self.head(dropped.transpose(0, 1), targets)
+        result = self.head(dropped.transpose(0, 1), targets, head_weight)
         if return_penalty:
             return result, tuple(states), self._penalty(x, dropped)
         return result, tuple(states)
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
+    def _embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        if table is self.embedding.weight:
+            x = self.embedding(ids)
+        else:  # tied: only the rows that are looked up have a gradient here
+            x = lmkern.functional.embedding(ids, table, sparse=True)
         if self.training and self.config.dropout_embedding > 0.0:
             kept = x.new_ones(self.config.vocab_size, 1)
             x = x * F.dropout(kept, self.config.dropout_embedding)[ids]
