@@ -98,7 +98,6 @@ class Attention(nn.Module):
             )
         self.qkv = layers.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.out = layers.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.out_dropout = layers.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         batch, length, width = x.shape
@@ -110,7 +109,7 @@ class Attention(nn.Module):
             k, v, _ = cache.append(layer, k, v)
         y = self.sdpa(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(batch, length, width)
-        return self.out_dropout(self.out(y))
+        return self.out(y)
 
 
 class MLP(nn.Module):
@@ -121,25 +120,55 @@ class MLP(nn.Module):
         self.up = layers.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.out = layers.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.activation = layers.GELU()
-        self.dropout = layers.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.out(self.activation(self.up(x))))
+        return self.out(self.activation(self.up(x)))
+
+
+class _TorchAddNorm(nn.LayerNorm):
+    """:class:`lmkern.nn.AddNorm` in torch's operations."""
+
+    def __init__(self, width: int, bias: bool, dropout: float) -> None:
+        super().__init__(width, bias=bias)
+        self.dropout = dropout
+
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = residual + F.dropout(input, self.dropout, self.training)
+        return super().forward(x), x
+
+
+def _add_norm(config: GPTConfig, layers: Any) -> Any:
+    """What follows a sublayer: (output, x) -> norm(x + dropout(output)), x + dropout(output)."""
+    cls = lmkern.nn.AddNorm if layers is lmkern.nn else _TorchAddNorm
+    return cls(config.n_embd, bias=config.bias, dropout=config.dropout)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, config: GPTConfig, layers: Any) -> None:
+    Each sum is made where its norm is, in one pass: what the mlp puts out is added by the next block.
+    """
+
+    def __init__(self, config: GPTConfig, layers: Any, first: bool) -> None:
         super().__init__()
-        self.attention_norm = layers.LayerNorm(config.n_embd, bias=config.bias)
+        if first:
+            self.attention_norm = layers.LayerNorm(config.n_embd, bias=config.bias)
+        else:
+            self.attention_norm = _add_norm(config, layers)
         self.attention = Attention(config, layers)
-        self.mlp_norm = layers.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp_norm = _add_norm(config, layers)
         self.mlp = MLP(config, layers)
 
-    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache, layer)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, output: Tensor | None, x: Tensor, cache: KVCache | None, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """From (the output of the mlp below, or None; x before it) to the same of this block."""
+        if output is None:
+            normed = self.attention_norm(x)
+        else:
+            normed, x = self.attention_norm(output, x)
+        normed, x = self.mlp_norm(self.attention(normed, cache, layer), x)
+        return self.mlp(normed), x
 
 
 class GPT(LanguageModel):
@@ -161,8 +190,8 @@ class GPT(LanguageModel):
         self.token_embedding = layers.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Parameter(torch.empty(config.block_size, config.n_embd))
         self.dropout = layers.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.n_layer))
-        self.norm = layers.LayerNorm(config.n_embd, bias=config.bias)
+        self.blocks = nn.ModuleList(Block(config, layers, i == 0) for i in range(config.n_layer))
+        self.norm = _add_norm(config, layers)
         self.head = Head(config.n_embd, config.vocab_size, bias=False, backend=backend)
         self.head.weight = self.token_embedding.weight
         self._init_parameters()
@@ -241,6 +270,7 @@ class GPT(LanguageModel):
         if state is not None and state.batch_size != batch:
             raise ValueError(f"GPT: state holds {state.batch_size} sequences, input_ids {batch}")
         x, head_weight = self._embed(input_ids, begin)
+        output = None
         for layer, block in enumerate(self.blocks):
-            x = block(x, state, layer)
-        return self.head(self.norm(x), targets, head_weight), state
+            output, x = block(output, x, state, layer)
+        return self.head(self.norm(output, x)[0], targets, head_weight), state
