@@ -12,6 +12,7 @@ from lmkern.functional._dropout import dropout
 from lmkern.functional._embedding import embedding
 from lmkern.functional._embedding_bag import embedding_bag
 from lmkern.functional._linear import linear
+from lmkern.functional._quantized_embedding import quantized_embedding
 from lmkern.functional.activation import geglu, gelu, silu, swiglu
 from lmkern.functional.attention import scaled_dot_product_attention
 from lmkern.functional.loss import cross_entropy, linear_cross_entropy
@@ -36,6 +37,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",
+    "quantized_embedding",
     "rms_norm",
     "rnn",
     "rnn_cell",
