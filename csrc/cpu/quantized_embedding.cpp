@@ -12,7 +12,8 @@ namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
 namespace {
 
 using WideWords = WordVec<double>;
-constexpr std::int64_t kAhead = 4;  // rows, whose lines are asked for before they are needed
+// Rows whose lines are asked for before they are needed; of bags, which sum eight at a time, more.
+constexpr std::int64_t kAhead = 4, kTermsAhead = 16;
 
 // As many bytes as there are lanes, by instruction where there is one: compilers take them one by one.
 LMKERN_INLINE Words widen_bytes(const std::uint8_t* p) {
@@ -94,6 +95,13 @@ LMKERN_INLINE const std::uint8_t* row_at(const QuantizedTable& table, std::int64
   return table.rows.ptr<const std::uint8_t>() + v * table.rows.strides[0];
 }
 
+LMKERN_INLINE void prefetch_row(const QuantizedTable& table, std::int64_t v) {
+  const std::uint8_t* const row = row_at(table, v);
+  const std::int64_t bytes = table.rows.shape[1];
+  for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+  __builtin_prefetch(row + bytes - 1);
+}
+
 template <class S, int kBits>
 LMKERN_INLINE QuantizedRow<S, kBits> quantized_row(const QuantizedTable& table, std::int64_t v,
                                                    Accumulate<S> weight) {
@@ -113,9 +121,7 @@ void lookup(const QuantizedEmbeddingArgs& a) {
       const Range own = thread_range(count, 1, thread, threads);
       for (std::int64_t i = own.begin; i < own.end; ++i) {
         const auto row = quantized_row<S, kBits>(a.table, index[i], T(1));
-        const std::uint8_t* const ahead =
-            row_at(a.table, index[i + kAhead < count ? i + kAhead : i]);
-        for (std::int64_t b = 0; b < a.table.rows.shape[1]; b += 64) __builtin_prefetch(ahead + b);
+        prefetch_row(a.table, index[i + kAhead < count ? i + kAhead : i]);
         S* const out = a.out.ptr<S>() + i * width;
         std::int64_t d = 0;
         for (; d + kLanes<T> <= width; d += kLanes<T>) store(out + d, row.at(d));
@@ -130,7 +136,9 @@ struct QuantizedTerms {
   using Row = QuantizedRow<S, kBits>;
   const QuantizedEmbeddingBagArgs& args;
   const BagTerms& terms;
+  const std::int64_t count = terms.starts[terms.bags];
   LMKERN_INLINE Row row(std::int64_t i) const {
+    if (i + kTermsAhead < count) prefetch_row(args.table, terms.rows[i + kTermsAhead]);
     return quantized_row<S, kBits>(args.table, terms.rows[i],
                                    sample_weight<S>(args.bags, terms.positions[i]));
   }

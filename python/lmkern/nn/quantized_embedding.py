@@ -159,8 +159,9 @@ def quantize_embedding(source: Module | Tensor, bits: int = 8) -> QuantizedEmbed
         raise ValueError(
             f"{op}: weight must be [V, D] of floating dtype, got {list(weight.shape)} of {weight.dtype}"
         )
+    rows, width = weight.shape
     layer = QuantizedEmbedding(
-        *weight.shape, bits, dtype=weight.dtype, device=weight.device, **options
+        rows, width, bits, dtype=weight.dtype, device=weight.device, **options
     )
     layer.weight.copy_(reference.quantize_rows(weight, bits))
     return layer.eval()

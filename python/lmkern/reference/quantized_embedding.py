@@ -9,7 +9,7 @@ BLOCK = 1 << 20  # elements that are quantised at a time
 
 
 def quantize_rows(weight: Tensor, bits: int) -> Tensor:
-    """The table [V, ceil(D bits / 8) + 8] uint8 of weight [V, D]; layout: csrc/ops/quantized_embedding.h.
+    """The table [V, ceil(D bits / 8) + 8] uint8 of weight [V, D] (csrc/ops/quantized_embedding.h).
 
     Raises:
         ValueError: a row is not finite, or wider than float32.
