@@ -312,6 +312,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                  d_input, d_weight, d_bias, d_input_bias});
   });
 
+  m.def("quantized_embedding",
+        [](TensorView table, std::int64_t width, int bits, TensorView indices, TensorView out) {
+          call(lmkern::quantized_embedding, {{table, width, bits}, indices, out});
+        });
+  m.def("quantized_embedding_bag",
+        [](TensorView table, std::int64_t width, int bits, const Bags& bags, TensorView out) {
+          call(lmkern::quantized_embedding_bag, {{table, width, bits}, embedding_bags(bags), out});
+        });
+
   m.def("token_position_forward",
         [](const TokenPositionRows& rows, TensorView weight, TensorView bias, double eps,
            double dropout_p, std::int64_t seed, TensorView out, TensorView statistics) {

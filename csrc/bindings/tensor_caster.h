@@ -9,7 +9,7 @@
 namespace lmkern::dlpack {
 
 inline DType dtype_of(DataType type) {
-  constexpr std::uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
+  constexpr std::uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6;
   if (type.lanes != 1) return DType::kOther;
   if (type.code == kFloat && type.bits == 32) return DType::kFloat32;
   if (type.code == kFloat && type.bits == 64) return DType::kFloat64;
@@ -18,6 +18,7 @@ inline DType dtype_of(DataType type) {
   if (type.code == kInt && type.bits == 32) return DType::kInt32;
   if (type.code == kInt && type.bits == 64) return DType::kInt64;
   if (type.code == kBool && type.bits == 8) return DType::kBool;
+  if (type.code == kUInt && type.bits == 8) return DType::kUInt8;
   return DType::kOther;
 }
 

@@ -22,6 +22,7 @@ enum class DType : std::uint8_t {
   kInt32,
   kInt64,
   kBool,
+  kUInt8,
   kOther
 };
 

@@ -13,6 +13,7 @@
 #include "ops/embedding_optimizer.h"
 #include "ops/matmul.h"
 #include "ops/norm.h"
+#include "ops/quantized_embedding.h"
 #include "ops/recurrent.h"
 #include "ops/rotary.h"
 #include "ops/token_position.h"
@@ -51,6 +52,8 @@ namespace lmkern::cpu {
   KERNEL(void, activation_forward, ActivationForwardArgs)                       \
   KERNEL(void, activation_backward, ActivationBackwardArgs)                     \
   KERNEL(void, dropout, DropoutArgs)                                            \
+  KERNEL(void, quantized_embedding, QuantizedEmbeddingArgs)                     \
+  KERNEL(void, quantized_embedding_bag, QuantizedEmbeddingBagArgs)              \
   KERNEL(void, token_position_forward, TokenPositionForwardArgs)                \
   KERNEL(void, token_position_backward, TokenPositionBackwardArgs)              \
   KERNEL(void, vec_math, VecMathArgs)

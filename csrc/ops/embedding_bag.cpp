@@ -28,7 +28,24 @@ void check_offsets(const Check& check, const TensorView& offsets, std::int64_t n
   });
 }
 
-// Everything about the bags; returns B.
+// How many positions lie in a bag.
+std::int64_t covered(const EmbeddingBags& bags) {
+  std::int64_t end = bags.indices.numel();
+  if (bags.offsets.defined() && bags.include_last_offset)
+    dispatch_index_types(bags.offsets.dtype, [&](auto tag) {
+      end = bags.offsets.ptr<const typename decltype(tag)::type>()[bags.offsets.shape[0] - 1];
+    });
+  return bags.offsets.defined() && bags.offsets.shape[0] == 0 ? 0 : end;
+}
+
+void check_winners(const Check& check, const EmbeddingBags& bags, const TensorView& winners,
+                   std::int64_t count, std::int64_t width) {
+  if (bags.mode == BagMode::kMax)
+    check.tensor("winners", winners, DType::kInt32, {count, width}, "[B, D]");
+}
+
+}  // namespace
+
 std::int64_t check_bags(const Check& check, const EmbeddingBags& bags, const TensorView& table,
                         std::int64_t rows) {
   const TensorView& weights = bags.per_sample_weights;
@@ -53,24 +70,6 @@ std::int64_t check_bags(const Check& check, const EmbeddingBags& bags, const Ten
   if (bags.indices.numel() > 0x7fffffff) check.fail("input must have fewer than 2^31 elements");
   return count;
 }
-
-// How many positions lie in a bag.
-std::int64_t covered(const EmbeddingBags& bags) {
-  std::int64_t end = bags.indices.numel();
-  if (bags.offsets.defined() && bags.include_last_offset)
-    dispatch_index_types(bags.offsets.dtype, [&](auto tag) {
-      end = bags.offsets.ptr<const typename decltype(tag)::type>()[bags.offsets.shape[0] - 1];
-    });
-  return bags.offsets.defined() && bags.offsets.shape[0] == 0 ? 0 : end;
-}
-
-void check_winners(const Check& check, const EmbeddingBags& bags, const TensorView& winners,
-                   std::int64_t count, std::int64_t width) {
-  if (bags.mode == BagMode::kMax)
-    check.tensor("winners", winners, DType::kInt32, {count, width}, "[B, D]");
-}
-
-}  // namespace
 
 void embedding_bag_forward(const EmbeddingBagForwardArgs& a) {
   const Check check("embedding_bag");

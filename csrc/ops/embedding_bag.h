@@ -23,6 +23,7 @@
 //            decrease, or pass N.
 // Source     torch.nn.functional.embedding_bag; weights for mean and max are ours.
 #pragma once
+#include "core/check.h"
 #include "core/tensor_view.h"
 
 namespace lmkern {
@@ -61,6 +62,10 @@ struct EmbeddingBagWeightsBackwardArgs {
   TensorView weight;                // [V, D]
   TensorView d_per_sample_weights;  // as indices, out
 };
+
+// Everything about the bags, of rows of `table`'s dtype; returns B.
+std::int64_t check_bags(const Check& check, const EmbeddingBags& bags, const TensorView& table,
+                        std::int64_t rows);
 
 void embedding_bag_forward(const EmbeddingBagForwardArgs& args);
 void embedding_bag_backward(const EmbeddingBagBackwardArgs& args);

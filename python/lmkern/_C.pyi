@@ -295,6 +295,12 @@ def norm_backward(
     d_bias: Tensor | None,
     d_input_bias: Tensor | None,
 ) -> None: ...
+def quantized_embedding(
+    table: Tensor, width: int, bits: int, indices: Tensor, out: Tensor
+) -> None: ...
+def quantized_embedding_bag(
+    table: Tensor, width: int, bits: int, bags: tuple[Any, ...], out: Tensor
+) -> None: ...
 def token_position_forward(
     rows: tuple[Any, ...],
     weight: Tensor | None,

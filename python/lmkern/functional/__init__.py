@@ -12,6 +12,7 @@ from lmkern.functional._dropout import dropout
 from lmkern.functional._embedding import embedding
 from lmkern.functional._embedding_bag import embedding_bag
 from lmkern.functional._linear import linear
+from lmkern.functional._quantized_embedding import quantized_embedding
 from lmkern.functional._tie import tie
 from lmkern.functional.activation import geglu, gelu, silu, swiglu
 from lmkern.functional.attention import scaled_dot_product_attention
@@ -37,6 +38,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",
+    "quantized_embedding",
     "rms_norm",
     "rnn",
     "rnn_cell",

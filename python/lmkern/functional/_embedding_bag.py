@@ -7,7 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmkern import reference
-from lmkern.functional._embedding import renorm, resolve_padding_idx
+from lmkern.functional._embedding import (
+    check_max_norm_mode,
+    embedding,
+    renorm,
+    resolve_padding_idx,
+)
 from lmkern.ops.check import check_dims, check_dtype, check_shape, check_tensors
 from lmkern.ops.embedding_bag import MODES, EmbeddingBagFunction
 from lmkern.ops.library import needs_grad, use_kernel
@@ -26,6 +31,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
     *,
+    max_norm_mode: str = "inplace",
     reuse_grad: bool = True,
 ) -> Tensor:
     """Sum, mean or maximum of the rows of ``weight`` in each bag, without the rows in between.
@@ -39,7 +45,8 @@ def embedding_bag(
         offsets: where each bag of a 1-D ``input`` begins: [B], from 0 and not decreasing. With
             ``include_last_offset`` [B + 1], where the last element ends the last bag; what comes after
             it is in no bag.
-        max_norm, norm_type: rows with a larger p-norm are scaled down to it in ``weight`` itself.
+        max_norm, norm_type: rows with a larger p-norm are scaled down to it, by
+            max_norm / (norm + 1e-7).
         scale_grad_by_freq: divide a row's gradient by how often it occurs (torch: not for max).
         mode: "sum", "mean" or "max". Of equal maxima the first gets the gradient.
         sparse: the gradient of ``weight`` is a coalesced sparse tensor, as for
@@ -48,6 +55,10 @@ def embedding_bag(
             Differentiable. The mean is still over the number of rows: sum(w x) / count (torch: only
             for sum).
         padding_idx: rows of this index belong to no bag and get no gradient.
+        max_norm_mode: "inplace" scales the rows in ``weight`` itself first, as torch does;
+            "functional" leaves ``weight`` alone, and the gradient is that of the scaled rows: each
+            distinct row is copied and scaled once (under torch.compile, whose shapes are static, the
+            whole table is, and the gradient is dense).
         reuse_grad: as for :func:`~lmkern.functional.embedding`.
 
     Returns:
@@ -67,18 +78,17 @@ def embedding_bag(
     check_dims(op, "weight", weight, 2, "[V, D]")
     if input.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: input must be int32 or int64, got {input.dtype}")
-    if input.dim() not in (1, 2):
-        raise ValueError(f"{op}: input must be [B, L] or [N], got {list(input.shape)}")
-    if (offsets is None) != (input.dim() == 2):
-        raise ValueError(f"{op}: offsets must be given with input [N], and only then")
+    check_bags(op, input, offsets, per_sample_weights, weight.dtype)
     if mode not in MODES:
         raise ValueError(f"{op}: mode must be 'sum', 'mean' or 'max', got {mode!r}")
-    if per_sample_weights is not None:
-        shape = tuple(input.shape)
-        check_shape(op, "per_sample_weights", per_sample_weights, shape, "like input")
-        check_dtype(op, weight.dtype, per_sample_weights=per_sample_weights)
     padding = resolve_padding_idx(op, padding_idx, weight.shape[0])
     include_last_offset = include_last_offset and offsets is not None
+    inplace = check_max_norm_mode(op, max_norm_mode)
+    if max_norm is not None and not inplace:
+        return _of_scaled_rows(
+            input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse,
+            per_sample_weights, include_last_offset, padding, reuse_grad,
+        )  # fmt: skip
     if sparse and torch.compiler.is_compiling():
         return F.embedding_bag(
             input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, True,
@@ -107,3 +117,58 @@ def embedding_bag(
     return torch.ops.lmkern.embedding_bag_forward(
         weight, input, offsets, per_sample_weights, *options, False
     )[0]
+
+
+def _of_scaled_rows(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None,
+    max_norm: float,
+    norm_type: float,
+    scale_grad_by_freq: bool,
+    mode: str,
+    sparse: bool,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int,
+    reuse_grad: bool,
+) -> Tensor:
+    """Bags of rows that are scaled on the fly: the lookup of each distinct one, then bags of those."""
+    padding = None if padding_idx < 0 else padding_idx
+    plain = use_kernel("embedding_bag", weight) and not weight.is_meta
+    if not plain or torch.compiler.is_compiling():
+        rows = reference.clip_norm(weight, max_norm, norm_type)
+    else:
+        distinct, inverse = torch.unique(input, return_inverse=True)
+        if distinct.numel() and not 0 <= int(distinct[0]) <= int(distinct[-1]) < weight.shape[0]:
+            embedding(input, weight)  # says where
+        rows = embedding(
+            distinct, weight, None, max_norm, norm_type, False, sparse, max_norm_mode="functional",
+            reuse_grad=reuse_grad,
+        )  # fmt: skip
+        if padding is not None:
+            place = (distinct == padding).nonzero()
+            padding = int(place) if place.numel() else None
+        input = inverse
+    return embedding_bag(
+        input, rows, offsets, None, norm_type, scale_grad_by_freq, mode, False, per_sample_weights,
+        include_last_offset, padding,
+    )  # fmt: skip
+
+
+def check_bags(
+    op: str,
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """The shapes of what describes the bags, of rows of ``dtype``."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{op}: input must be [B, L] or [N], got {list(input.shape)}")
+    if (offsets is None) != (input.dim() == 2):
+        raise ValueError(f"{op}: offsets must be given with input [N], and only then")
+    if per_sample_weights is not None:
+        shape = tuple(input.shape)
+        check_shape(op, "per_sample_weights", per_sample_weights, shape, "like input")
+        check_dtype(op, dtype, per_sample_weights=per_sample_weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,12 @@ from torch.nn import _reduction
 from lmkern import reference
 from lmkern.functional._linear import linear
 from lmkern.ops.check import check_shape, check_tensors
-from lmkern.ops.cross_entropy import CrossEntropyFunction, Target, Terms
+from lmkern.ops.cross_entropy import (
+    CrossEntropyFunction,
+    CrossEntropyLossFunction,
+    Target,
+    Terms,
+)
 from lmkern.ops.library import (
     accumulate_dtype,
     autocast,
@@ -22,6 +28,9 @@ from lmkern.ops.library import (
     without_autocast,
 )
 from lmkern.ops.linear_cross_entropy import LinearCrossEntropyFunction
+
+# Up to here (a megabyte) chunks save nothing, and their bookkeeping is most of the time.
+_FEW_LOGITS = 1 << 18
 
 LossOrMore = Tensor | tuple[Tensor, ...]
 
@@ -86,6 +95,12 @@ def cross_entropy(
     goal = _target(
         op, target, input.shape, shape, logits, weight, ignore_index, softcap, label_smoothing
     )
+    use_plain = needs_grad(target, weight) or not use_kernel(op, logits)
+    simple = goal.labels is not None and weight is None and not goal.smooth and not z_loss
+    if simple and needs_grad(logits) and not (use_plain or return_lse or return_accuracy):
+        _check_reduction(op, reduction)
+        loss = CrossEntropyLossFunction.apply(logits, reduction, *goal)
+        return (loss.reshape(shape) if reduction == "none" else loss).to(input.dtype)
     terms = _terms(
         (logits,),
         goal,
@@ -93,7 +108,7 @@ def cross_entropy(
         torch.ops.lmkern.cross_entropy_forward,
         reference.cross_entropy_terms,
         needs_grad(logits),
-        needs_grad(target, weight) or not use_kernel(op, logits),
+        use_plain,
     )
     return _loss(
         op, terms, goal, logits.shape[1], shape, input.dtype, reduction, label_smoothing, z_loss,
@@ -158,6 +173,11 @@ def linear_cross_entropy(
             f"like input {list(input.shape)}, got {list(linear_weight.shape)}"
         )
     check_shape(op, "linear_bias", linear_bias, linear_weight.shape[:-1], "[C]")
+    on_logits = functools.partial(
+        cross_entropy, weight=weight, ignore_index=ignore, reduction=reduction,
+        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, return_lse=return_lse,
+        return_accuracy=return_accuracy,
+    )  # fmt: skip
     if linear_weight.dim() > 2:
         if shift:
             raise ValueError(
@@ -165,15 +185,19 @@ def linear_cross_entropy(
             )
         bias = None if linear_bias is None else linear_bias.flatten()
         logits = linear(input, linear_weight.flatten(0, -2), bias)
-        return cross_entropy(
-            logits.unflatten(-1, linear_weight.shape[:-1]), target, weight,
-            ignore_index=ignore, reduction=reduction, label_smoothing=label_smoothing,
-            z_loss=z_loss, softcap=softcap, return_lse=return_lse, return_accuracy=return_accuracy,
-        )  # fmt: skip
+        return on_logits(logits.unflatten(-1, linear_weight.shape[:-1]), target)
     input, linear_weight, linear_bias = autocast(
         input.device.type, input, linear_weight, linear_bias
     )
     shape, classes = input.shape[:-1], linear_weight.shape[0]
+    if (
+        input.numel() // max(1, input.shape[-1]) * classes <= _FEW_LOGITS
+        and input.dtype in (torch.float32, torch.float64)  # others are not rounded to logits
+        and target.dtype == torch.int64
+        and target.shape == shape
+        and not shift
+    ):
+        return on_logits(linear(input, linear_weight, linear_bias).flatten(0, -2), target.flatten())
     if shift:
         target = _shifted(op, target, shape, ignore)
     x = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
@@ -247,6 +271,11 @@ def _target(
     return Target(flat.long(), None, *options)
 
 
+def _check_reduction(op: str, reduction: str) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
 def _terms(
     inputs: tuple[Tensor | None, ...],
     target: Target,
@@ -275,8 +304,7 @@ def _loss(
     return_accuracy: bool,
 ) -> LossOrMore:
     """From the terms to the loss."""
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    _check_reduction(op, reduction)
     lse, likelihood, total, correct = terms
     labels, weight = target.labels, target.weight
     valid = share = None

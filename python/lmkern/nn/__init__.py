@@ -16,6 +16,7 @@ from lmkern.nn.position import (
     SinusoidalPosition,
     alibi_slopes,
 )
+from lmkern.nn.quantized_embedding import QuantizedEmbedding, quantize_embedding
 from lmkern.nn.recurrent import GRU, LSTM, RNN
 from lmkern.nn.recurrent_base import RNNBase
 from lmkern.nn.recurrent_cell import GRUCell, LSTMCell, RNNCell, RNNCellBase
@@ -44,6 +45,7 @@ __all__ = [
     "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
+    "QuantizedEmbedding",
     "RMSNorm",
     "RNNBase",
     "RNNCell",
@@ -60,4 +62,5 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "alibi_slopes",
+    "quantize_embedding",
 ]

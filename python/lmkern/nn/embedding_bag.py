@@ -17,6 +17,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
     ``per_sample_weights`` work in every mode; see :func:`lmkern.functional.embedding_bag`.
 
     Args:
+        max_norm_mode: "inplace" (as torch) or "functional", which leaves ``weight`` alone; see there.
         reuse_grad: keep the memory of the dense gradient for the next step; see
             :func:`lmkern.functional.embedding`.
 
@@ -27,6 +28,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         ValueError: offsets that do not start at 0, decrease or exceed N.
     """
 
+    max_norm_mode: str = "inplace"
     reuse_grad: bool = True
 
     def __init__(
@@ -44,13 +46,14 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         device: Any = None,
         dtype: Any = None,
         *,
+        max_norm_mode: str = "inplace",
         reuse_grad: bool = True,
     ) -> None:
         super().__init__(
             num_embeddings, embedding_dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse,
             _weight, include_last_offset, padding_idx, device, dtype,
         )  # fmt: skip
-        self.reuse_grad = reuse_grad
+        self.max_norm_mode, self.reuse_grad = max_norm_mode, reuse_grad
 
     def forward(
         self,
@@ -70,5 +73,6 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
             per_sample_weights,
             self.include_last_offset,
             self.padding_idx,
+            max_norm_mode=self.max_norm_mode,
             reuse_grad=self.reuse_grad,
         )

@@ -54,7 +54,7 @@ def new_terms(like: Tensor, shape: tuple[int, int], target: Target) -> tuple[Ter
     wide, probable = accumulate_dtype(like.dtype), target.probabilities is not None
 
     def term(wanted: bool = True, dtype: torch.dtype = wide) -> Tensor:
-        return fresh(like, shape if wanted else (0,), dtype=dtype)
+        return like.new_empty(shape if wanted else (0,), dtype=dtype)
 
     terms = Terms(term(), term(), term(target.smooth), term(not probable, torch.bool))
     return terms, Saved(term(), term(), term(probable))
@@ -201,6 +201,52 @@ define_op(
     cpu=_backward_cpu,
     fake=_backward_fake,
 )
+
+
+class CrossEntropyLossFunction(torch.autograd.Function):
+    """(logits [N, C, P], reduction, *Target) -> the loss of labels, with neither weight nor smoothing.
+
+    In one node what CrossEntropyFunction and the arithmetic on its terms need ten for: of few logits,
+    the nodes are most of the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits, reduction, *target):  # type: ignore[override]
+        labels, ignore_index = target[0], target[3]
+        _, likelihood, _, _, *saved = torch.ops.lmkern.cross_entropy_forward(logits, *target)
+        ignored = labels == ignore_index
+        loss = likelihood.neg_().masked_fill_(ignored, 0.0)
+        count = None
+        if reduction != "none":
+            loss = loss.sum()
+        if reduction == "mean":
+            count = ignored.numel() - ignored.sum()
+            loss /= count
+        ctx.save_for_backward(logits, *saved, labels, ignored, count)
+        ctx.target, ctx.reduction = target[1:], reduction
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, d_loss):  # type: ignore[override]
+        logits, *saved, labels, ignored, count = ctx.saved_tensors
+        target = Target(labels, *ctx.target)
+        if torch.is_grad_enabled():
+
+            def run(z):
+                likelihood = reference.cross_entropy_terms(z, *target)[1]
+                loss = (-likelihood).masked_fill(ignored, 0.0)
+                loss = loss if ctx.reduction == "none" else loss.sum()
+                return loss if count is None else loss / count
+
+            (d_logits,) = reference_backward(run, (logits,), (d_loss,))
+        else:
+            d_loss = d_loss if count is None else d_loss / count
+            d_likelihood = torch.where(ignored, 0.0, d_loss.to(saved[0].dtype)).neg_()
+            d_lse, d_total = torch.zeros_like(d_likelihood), d_likelihood.new_empty(0)
+            d_logits = torch.ops.lmkern.cross_entropy_backward(
+                logits, *saved, d_lse, d_likelihood, d_total, *target
+            )
+        return d_logits, None, *(None,) * len(target)
 
 
 class CrossEntropyFunction(torch.autograd.Function):

@@ -18,14 +18,14 @@ _MAX = MODES.index("max")
 
 # indices [N] or [B, L], offsets or None, per_sample_weights or None, include_last_offset, mode's
 # number, padding_idx or -1: lmkern::EmbeddingBags.
-_BAGS = (
+BAGS = (
     "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, bool include_last_offset, int mode, "
     "int padding_idx"
 )
 Bags = tuple[Tensor, Tensor | None, Tensor | None, bool, int, int]
 
 
-def _contiguous(bags: Bags) -> Bags:
+def contiguous_bags(bags: Bags) -> Bags:
     indices, offsets, weights, *options = bags
     return (
         indices.contiguous(),
@@ -35,7 +35,7 @@ def _contiguous(bags: Bags) -> Bags:
     )  # type: ignore[return-value]
 
 
-def _count(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Any:
+def bag_count(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Any:
     if offsets is None:
         return indices.shape[0]
     return torch.sym_max(offsets.shape[0] - 1, 0) if include_last_offset else offsets.shape[0]
@@ -43,7 +43,7 @@ def _count(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -
 
 def _forward_fake(weight: Tensor, *bags_and_save: Any) -> tuple[Tensor, Tensor]:
     *bags, save = bags_and_save
-    count = _count(bags[0], bags[1], bags[3])
+    count = bag_count(bags[0], bags[1], bags[3])
     shape = (count, weight.shape[1]) if bags[4] == _MAX and save else (0,)
     return fresh(weight, count, weight.shape[1]), fresh(weight, shape, dtype=torch.int32)
 
@@ -52,7 +52,7 @@ def _forward_cpu(weight: Tensor, *bags_and_save: Any) -> tuple[Tensor, Tensor]:
     *bags, save = bags_and_save
     out, winners = _forward_fake(weight, *bags_and_save)
     _C.embedding_bag_forward(
-        _contiguous(tuple(bags)), contiguous_rows(weight), out,  # type: ignore[arg-type]
+        contiguous_bags(tuple(bags)), contiguous_rows(weight), out,  # type: ignore[arg-type]
         winners if bags[4] == _MAX and save else None,
     )  # fmt: skip
     return out, winners
@@ -68,7 +68,7 @@ def _gradient(
     buffer: GradientBuffer | None,
 ) -> Tensor:
     """The gradient of the weight, sparse or dense; the dense one in the buffer, if there is one."""
-    bags = _contiguous(bags)
+    bags = contiguous_bags(bags)
     indices, offsets, _, include_last_offset, mode, padding_idx = bags
     if offsets is not None and include_last_offset:  # positions past the last offset are in no bag
         indices = indices[: int(offsets[-1])]
@@ -106,25 +106,25 @@ def _weights_backward_fake(d_out: Tensor, winners: Tensor, weight: Tensor, *bags
 def _weights_backward_cpu(d_out: Tensor, winners: Tensor, weight: Tensor, *bags: Any) -> Tensor:
     d_weights = _weights_backward_fake(d_out, winners, weight, *bags)
     _C.embedding_bag_weights_backward(
-        _contiguous(bags), d_out.contiguous(), winners if bags[4] == _MAX else None,  # type: ignore[arg-type]
+        contiguous_bags(bags), d_out.contiguous(), winners if bags[4] == _MAX else None,  # type: ignore[arg-type]
         contiguous_rows(weight), d_weights,
     )  # fmt: skip
     return d_weights
 
 
 define_op(
-    f"embedding_bag_forward(Tensor weight, {_BAGS}, bool save) -> (Tensor, Tensor)",
+    f"embedding_bag_forward(Tensor weight, {BAGS}, bool save) -> (Tensor, Tensor)",
     cpu=_forward_cpu,
     fake=_forward_fake,
 )
 define_op(
-    f"embedding_bag_backward(Tensor d_out, Tensor winners, {_BAGS}, SymInt num_embeddings, "
+    f"embedding_bag_backward(Tensor d_out, Tensor winners, {BAGS}, SymInt num_embeddings, "
     "bool scale_grad_by_freq) -> Tensor",
     cpu=_backward_cpu,
     fake=_backward_fake,
 )
 define_op(
-    f"embedding_bag_weights_backward(Tensor d_out, Tensor winners, Tensor weight, {_BAGS}) -> Tensor",
+    f"embedding_bag_weights_backward(Tensor d_out, Tensor winners, Tensor weight, {BAGS}) -> Tensor",
     cpu=_weights_backward_cpu,
     fake=_weights_backward_fake,
 )

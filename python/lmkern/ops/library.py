@@ -49,20 +49,23 @@ def _forward_mode() -> bool:
     return any(i.key() == jvp for i in torch._C._functorch.get_interpreter_stack() or ())
 
 
-def use_kernel(op: str, tensor: Tensor, *, transforms: bool = False) -> bool:
+def use_kernel(
+    op: str, tensor: Tensor, *, transforms: bool = False, dtype: torch.dtype | None = None
+) -> bool:
     """Whether ``op`` runs on its kernel; otherwise the caller takes :mod:`lmkern.reference`.
 
     The reference is made of plain torch operations, so it serves what a kernel cannot: other devices
     and dtypes (with one warning), forward-mode differentiation, and, unless the op has rules for them
-    (``transforms``), the transforms of torch.func.
+    (``transforms``), the transforms of torch.func. ``dtype``: that it computes in, if not the tensor's.
     """
+    dtype = dtype or tensor.dtype
     if tensor.device.type not in KERNEL_DEVICES:
         warn_once(
             f"{op}: no kernel for device '{tensor.device.type}' yet, running plain torch operations"
         )
         return False
-    if tensor.dtype not in KERNEL_DTYPES:
-        warn_once(f"{op}: no kernel for {tensor.dtype} yet, running plain torch operations")
+    if dtype not in KERNEL_DTYPES:
+        warn_once(f"{op}: no kernel for {dtype} yet, running plain torch operations")
         return False
     if torch.compiler.is_compiling():
         return True

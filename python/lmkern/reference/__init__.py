@@ -10,6 +10,7 @@ from .cross_entropy import cross_entropy_terms, linear_cross_entropy_terms
 from .embedding import clip_norm, embedding, embedding_bag
 from .embedding_optimizer import embedding_adagrad, embedding_adam, embedding_sgd
 from .norm import add_norm, norm
+from .quantized_embedding import dequantize_rows, quantize_rows, row_affine
 from .recurrent import GATES, recurrence
 from .token_position import token_position_embedding
 
@@ -20,6 +21,7 @@ __all__ = [
     "add_norm",
     "clip_norm",
     "cross_entropy_terms",
+    "dequantize_rows",
     "embedding",
     "embedding_adagrad",
     "embedding_adam",
@@ -27,7 +29,9 @@ __all__ = [
     "embedding_sgd",
     "linear_cross_entropy_terms",
     "norm",
+    "quantize_rows",
     "recurrence",
+    "row_affine",
     "scaled_dot_product_attention",
     "token_position_embedding",
 ]
