@@ -11,22 +11,22 @@ from lmkern import _C
 from lmkern.ops.embedding import contiguous_rows
 from lmkern.ops.embedding_bag import BAGS, bag_count, contiguous_bags
 from lmkern.ops.library import define_op
+from lmkern.ops.memory import fresh
 
 
 def _fake(table: Tensor, width: int, bits: int, input: Tensor, dtype: torch.dtype) -> Tensor:
-    return table.new_empty(*input.shape, width, dtype=dtype)
+    return fresh(table, *input.shape, width, dtype=dtype)
 
 
 def _cpu(table: Tensor, width: int, bits: int, input: Tensor, dtype: torch.dtype) -> Tensor:
     out = _fake(table, width, bits, input, dtype)
     flat = out.view(input.numel(), width)
-    _C.prefer_huge_pages(flat)
     _C.quantized_embedding(contiguous_rows(table), width, bits, input.contiguous(), flat)
     return out
 
 
 def _bag_fake(table: Tensor, width: int, bits: int, dtype: torch.dtype, *bags: Any) -> Tensor:
-    return table.new_empty(bag_count(bags[0], bags[1], bags[3]), width, dtype=dtype)
+    return fresh(table, bag_count(bags[0], bags[1], bags[3]), width, dtype=dtype)
 
 
 def _bag_cpu(table: Tensor, width: int, bits: int, dtype: torch.dtype, *bags: Any) -> Tensor:
