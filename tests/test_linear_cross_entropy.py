@@ -261,12 +261,12 @@ def test_autocast():
 def test_memory():
     """At most an eighth of the logits at a time, and every class in exactly one chunk."""
     for rows, classes in [(1024, 10000), (512, 50257), (4096, 32000), (1, 10**7), (10**6, 300)]:
-        parts = list(op.chunks(rows, classes))
+        parts = list(op.chunks(rows, classes, 64))
         assert [first for first, _ in parts] == [0, *(end for _, end in parts[:-1])]
         assert parts[-1][1] == classes
         if not op._keeps(rows, classes):
             assert max(end - first for first, end in parts) <= classes / 8
-    assert list(op.chunks(0, 7)) == [(0, 7)]
+    assert list(op.chunks(0, 7, 5)) == [(0, 7)]
 
 
 def test_layer_is_torchs():

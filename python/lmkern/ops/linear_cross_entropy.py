@@ -32,11 +32,16 @@ _KEPT, _CHUNK = 4 << 20, 2 << 20
 _LEAST_CLASSES, _GRAIN = 2048, 64
 
 
-def chunks(rows: int, classes: int) -> Iterator[tuple[int, int]]:
-    """The chunks of classes, [first, end): none is more than an eighth of logits that are not kept."""
+def chunks(rows: int, classes: int, depth: int) -> Iterator[tuple[int, int]]:
+    """The chunks of classes, [first, end): none is more than an eighth of logits that are not kept.
+
+    From rows >= depth / 2 on this includes a chunk's part of the weight, which a product on tiles
+    splits into 6 bytes an element; of fewer rows, a chunk would be too small to be fast.
+    """
     width = max(_CHUNK // max(1, rows), _LEAST_CLASSES) // _GRAIN * _GRAIN
     if not _keeps(rows, classes):
-        width = min(width, classes // 8)
+        with_split = rows * classes // 8 // (rows + depth * 3 // 2)
+        width = min(width, classes // 8, max(with_split, _LEAST_CLASSES // 2))
     width = max(1, width)
     for first in range(0, classes, width):
         yield first, min(first + width, classes)
@@ -58,7 +63,7 @@ class _Logits:
         self.x, self.weight = x.to(self.dtype).contiguous(), weight
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
         self.rows, self.classes = x.shape[0], weight.shape[0]
-        self.parts = list(chunks(self.rows, self.classes))
+        self.parts = list(chunks(self.rows, self.classes, x.shape[1]))
         self.width = max((end - first for first, end in self.parts), default=0)
         self.by_rows = self.rows > self.width
 
