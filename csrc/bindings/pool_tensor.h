@@ -24,18 +24,21 @@ struct PoolTensor {
   }
 };
 
-// Contiguous, uninitialised, on the CPU. `code` and `bits` are DLPack's of the dtype.
-inline pybind11::object pool_empty(std::vector<std::int64_t> shape, int code, int bits) {
+// Uninitialised, on the CPU, dense: with `strides`, a permutation of contiguous ones, or contiguous
+// if there are none. `code` and `bits` are DLPack's of the dtype.
+inline pybind11::object pool_empty(std::vector<std::int64_t> shape,
+                                   std::vector<std::int64_t> strides, int code, int bits) {
   static PyObject* const type =
       pybind11::object(pybind11::module_::import("torch").attr("Tensor")).release().ptr();
   const ExchangeApi* api = exchange_api(reinterpret_cast<PyTypeObject*>(type));
   if (api == nullptr) throw std::runtime_error("lmkern: torch.Tensor has no DLPack exchange API");
   auto made = std::make_unique<PoolTensor>();
-  std::vector<std::int64_t> strides(shape.size());
+  const bool contiguous = strides.empty();
+  strides.resize(shape.size());
   std::int64_t count = 1, bytes = 0;
   bool overflow = false;
   for (std::size_t i = shape.size(); i-- > 0;) {
-    strides[i] = count;
+    if (contiguous) strides[i] = count;
     overflow |= __builtin_mul_overflow(count, shape[i], &count);
   }
   if (overflow || __builtin_mul_overflow(count, bits / 8, &bytes) || bytes < 0)

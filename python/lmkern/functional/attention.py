@@ -113,12 +113,14 @@ def scaled_dot_product_attention(
     if (
         attn_mask is None and window is None and softcap is None and alibi_slopes is None
         and sinks is None and key_lengths is None and cu_seqlens is None and dropout_p == 0.0
-        and not return_lse and return_weights is None and causal_align == "top_left"
+        and not return_lse and return_weights is None
         and isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
         and query.dim() == key.dim() == value.dim() == 4
         and (query.shape[1] == key.shape[1] or enable_gqa)
+        and (causal_align == "top_left" or query.shape[2] in (1, key.shape[2]))
     ):  # fmt: skip
-        plain = plain_attention(query, key, value, scale, bool(is_causal))
+        causal = bool(is_causal) and (causal_align == "top_left" or query.shape[2] > 1)
+        plain = plain_attention(query, key, value, scale, causal)
         if plain is not None:
             return plain
     check_tensors(

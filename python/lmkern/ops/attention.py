@@ -15,12 +15,13 @@ from lmkern.ops.library import (
     KERNEL_DTYPES,
     accumulate_dtype,
     define_op,
+    is_plain_backward,
     is_plain_eager,
     needs_grad,
     reference_backward,
     register_vmap,
 )
-from lmkern.ops.memory import fresh
+from lmkern.ops.memory import fresh, fresh_heads
 
 _PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
@@ -82,9 +83,9 @@ def _rows(x: Tensor) -> Tensor:
 
 def _heads_like(x: Tensor, width: int) -> Tensor:
     # [B, N, H, D] in memory: heads are views of one projection more often than not, and models merge
-    # them next, without a copy.
+    # them next, without a copy. Not a view: what a Function returns may be written to in place.
     batch, heads, length, _ = x.shape
-    return fresh(x, batch, length, heads, width).transpose(1, 2)
+    return fresh_heads(x, batch, heads, length, width)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -174,11 +175,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def plain_attention(q: Any, k: Any, v: Any, scale: float | None, causal: bool) -> Tensor | None:
-    """out for [B, H, N, D] without gradients or options; None where the usual way must be taken.
+    """out for [B, H, N, D] without options; None where the usual way must be taken.
 
-    The short way to the kernel, for decoding: a step of one query takes tens of microseconds, and the
-    usual way (checks in Python, dispatcher) twenty. What does not fit goes there, which also words the
-    errors.
+    The short way to the kernel: a step of one query takes tens of microseconds, and the usual way
+    (checks in Python, dispatcher) twenty forward and as many backward. What does not fit goes there,
+    which also words the errors.
     """
     if (
         q.__class__ not in _PLAIN
@@ -191,22 +192,61 @@ def plain_attention(q: Any, k: Any, v: Any, scale: float | None, causal: bool) -
         or q.is_neg()
         or k.is_neg()
         or v.is_neg()
-        or needs_grad(q, k, v)
     ):
         return None
-    batch, heads, queries, depth = q.shape
-    out = fresh(q, batch, queries, heads, v.shape[-1]).transpose(1, 2)
+    scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
+    try:
+        if needs_grad(q, k, v):
+            return PlainAttentionFunction.apply(q, k, v, scale, causal)
+        return _plain_forward(q, k, v, scale, causal)[0]
+    except (ValueError, TypeError):
+        return None
+
+
+def _plain_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = q.shape
+    out = _heads_like(q, v.shape[-1])
     lse = q.new_empty(batch, heads, queries, dtype=accumulate_dtype(q.dtype))
-    scale = 1 / math.sqrt(max(depth, 1)) if scale is None else scale
     problem = (
         _rows(q), _rows(k), _rows(v), None, None, None, None, None, None, scale, 0.0, -1,
         0 if causal else -1, False, 0.0, 0,
     )  # fmt: skip
-    try:
-        _C.attention_forward(problem, out, lse)
-    except (ValueError, TypeError):
-        return None
-    return out
+    _C.attention_forward(problem, out, lse)
+    return out, lse
+
+
+class PlainAttentionFunction(torch.autograd.Function):
+    """(q, k, v, scale, causal) -> out: the short way, with gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, scale, causal):  # type: ignore[override]
+        out, lse = _plain_forward(q, k, v, scale, causal)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale, ctx.causal = scale, causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out):  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        p = Problem(
+            q, k, v, None, None, None, None, None, None, None, ctx.scale, 0.0, -1,
+            0 if ctx.causal else -1, False, 0.0,
+        )  # fmt: skip
+        grads: tuple[Tensor | None, ...]
+        if torch.is_grad_enabled():
+            grads = reference_backward(
+                lambda *inputs: _run_reference(p, None, None, *inputs, None, None, None)[0],
+                (q, k, v),
+                (d_out,),
+            )
+        elif is_plain_backward(d_out):
+            grads = _backward_cpu(d_out, None, *p, out, lse, False)[:3]
+        else:
+            need = (*ctx.needs_input_grad[:3], False, False, False)
+            grads = attention_gradient(p, d_out, None, out, lse, need)[:3]
+        return *grads, None, None
 
 
 class AttentionFunction(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,14 +34,27 @@ def fresh(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor
     """``like.new_empty(*shape, dtype=dtype)``, in memory of the pool if it is large and on the CPU."""
     sizes = shape[0] if isinstance(shape[0], (tuple, list)) else shape
     dtype = dtype or like.dtype
-    if (
+    if _is_pooled(like, sizes, dtype):
+        return _C.pool_empty(list(sizes), [], *_DLPACK[dtype])
+    return like.new_empty(sizes, dtype=dtype)  # type: ignore[call-overload]
+
+
+def fresh_heads(like: Tensor, batch: int, heads: int, length: int, width: int) -> Tensor:
+    """As :func:`fresh`, [batch, heads, length, width] with the strides of [B, L, H, D]."""
+    sizes = (batch, heads, length, width)
+    strides = (length * heads * width, width, heads * width, 1)
+    if _is_pooled(like, sizes, like.dtype):
+        return _C.pool_empty(list(sizes), list(strides), *_DLPACK[like.dtype])
+    return like.new_empty_strided(sizes, strides)
+
+
+def _is_pooled(like: Tensor, sizes: Sequence[Any], dtype: torch.dtype) -> bool:
+    return (
         type(like) in (Tensor, Parameter)  # not a tensor without memory, of a tracer
         and math.prod(sizes) * dtype.itemsize >= _LEAST_BYTES
-        and like.device.type == "cpu"
+        and like.is_cpu
         and dtype in _DLPACK
-    ):
-        return _C.pool_empty(list(sizes), *_DLPACK[dtype])
-    return like.new_empty(sizes, dtype=dtype)  # type: ignore[call-overload]
+    )
 
 
 def empty_cache() -> None:
