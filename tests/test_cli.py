@@ -244,12 +244,12 @@ def test_ctrl_c_saves_and_exits(workplace):
 
 def test_second_ctrl_c_stops_at_once(workplace):
     code = """
-import os, signal, sys
+import signal, sys
 from lmkern import cli
 from lmkern.train import Updater
-def twice(self, *arguments):
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)
+def twice(self, *arguments):  # to this thread: two for the process may become one
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
 Updater.update = twice
 sys.exit(cli.main(sys.argv[1:]))
 """
