@@ -247,6 +247,7 @@ def test_second_ctrl_c_stops_at_once(workplace):
 import signal, sys
 from lmkern import cli
 from lmkern.train import Updater
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def twice(self, *arguments):  # to this thread: two for the process may become one
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
