@@ -243,3 +243,34 @@ def test_targets_give_the_summed_loss(family, backend):
     logits = model(ids(3, 12))[0]
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(model(ids(3, 12), targets=targets)[0], expected)
+
+
+@pytest.mark.parametrize("backend", ["lmkern", "torch"])
+def test_gpt_is_the_pre_norm_transformer(backend):
+    """Against its definition, written out: x + attention(norm(x)), then x + mlp(norm(x))."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(17, 8, n_layer=3, n_head=2, n_embd=8, bias=True), backend)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    p, tokens = model.state_dict(), torch.randint(17, (2, 8))
+
+    def norm(x, name):
+        return F.layer_norm(x, (8,), p[f"{name}.weight"], p[f"{name}.bias"])
+
+    def linear(x, name):
+        return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+
+    x = p["token_embedding.weight"][tokens] + p["position_embedding"]
+    for block in (f"blocks.{i}." for i in range(3)):
+        q, k, v = (
+            part.view(2, 8, 2, 4).transpose(1, 2)
+            for part in linear(norm(x, block + "attention_norm"), block + "attention.qkv").chunk(
+                3, -1
+            )
+        )
+        scores = (q @ k.transpose(2, 3) / 2).masked_fill(torch.ones(8, 8).triu(1) > 0, -torch.inf)
+        x = x + linear((scores.softmax(3) @ v).transpose(1, 2).flatten(2), block + "attention.out")
+        hidden = F.gelu(linear(norm(x, block + "mlp_norm"), block + "mlp.up"))
+        x = x + linear(hidden, block + "mlp.out")
+    logits = norm(x, "norm") @ p["token_embedding.weight"].t()
+    torch.testing.assert_close(model.eval()(tokens)[0], logits, atol=1e-4, rtol=1e-4)
