@@ -23,7 +23,6 @@ def zipf_ids() -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).zipf(1.2, N).clip(max=V) - 1)
 
 
-# Until the sparse gradient has a kernel, lmkern's layer runs torch's operator and says so.
 @pytest.mark.parametrize("peer", ["dense", "sparse"])
 def test_training_step(compare, threads, peer):
     """Embedding forward and backward, and AdamW; torch's dense way, or SparseAdam without decay."""
@@ -76,6 +75,7 @@ def test_training_step(compare, threads, peer):
 @pytest.mark.parametrize("rule", ["SGD", "Adagrad", "rowwise Adagrad", "SparseAdam", "AdamW"])
 def test_optimizer_step(compare, threads, rule, coalesced):
     """With a sparse gradient at hand; AdamW, with its decay, against SparseAdam."""
+    torch.manual_seed(0)  # where a sum is zero but for rounding, Adagrad's first step is its sign
     ids = zipf_ids()
     gradient = torch.sparse_coo_tensor(ids[None], torch.randn(N, D), (V, D), check_invariants=True)
     ids = ids.unique()
