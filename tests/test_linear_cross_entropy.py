@@ -149,6 +149,23 @@ def test_weight_gradient_is_summed_in_float32(way, dtype):
     assert relative_error(w.grad, exact) < 1e-2
 
 
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 0, 5), (2, 3, 2, 5)], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_shapes(way, shape, reduction):
+    w, target = torch.randn(41, 5), torch.randint(41, shape[:-1])
+    for requires_grad in (False, True):
+        x = torch.randn(shape, requires_grad=requires_grad)
+        logits = F.linear(x, w)
+        expected = F.cross_entropy(
+            logits.reshape(-1, 41), target.flatten(), reduction=reduction
+        ).reshape(shape[:-1] if reduction == "none" else ())
+        loss = linear_cross_entropy(x, w, target, reduction=reduction)
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        also, lse = linear_cross_entropy(x, w, target, reduction=reduction, return_lse=True)
+        torch.testing.assert_close(also, expected, equal_nan=True)
+        torch.testing.assert_close(lse, logits.logsumexp(-1))
+
+
 def test_shift():
     x, w, y = torch.randn(3, 8, 5), torch.randn(11, 5), torch.randint(0, 11, (3, 8))
     y[1, 4] = -100

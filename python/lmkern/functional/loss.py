@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,12 +94,32 @@ def cross_entropy(
     goal = _target(
         op, target, input.shape, shape, logits, weight, ignore_index, softcap, label_smoothing
     )
-    use_plain = needs_grad(target, weight) or not use_kernel(op, logits)
-    simple = goal.labels is not None and weight is None and not goal.smooth and not z_loss
+    return _of_logits(
+        op, logits, goal, needs_grad(target, weight), shape, input.dtype, reduction, label_smoothing,
+        z_loss, return_lse, return_accuracy,
+    )  # fmt: skip
+
+
+def _of_logits(
+    op: str,
+    logits: Tensor,
+    goal: Target,
+    use_plain: bool,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    return_lse: bool,
+    return_accuracy: bool,
+) -> LossOrMore:
+    """The loss of logits [N, C, P]."""
+    use_plain = use_plain or not use_kernel(op, logits)
+    simple = goal.labels is not None and goal.weight is None and not goal.smooth and not z_loss
     if simple and needs_grad(logits) and not (use_plain or return_lse or return_accuracy):
         _check_reduction(op, reduction)
         loss = CrossEntropyLossFunction.apply(logits, reduction, *goal)
-        return (loss.reshape(shape) if reduction == "none" else loss).to(input.dtype)
+        return (loss.reshape(shape) if reduction == "none" else loss).to(dtype)
     terms = _terms(
         (logits,),
         goal,
@@ -111,7 +130,7 @@ def cross_entropy(
         use_plain,
     )
     return _loss(
-        op, terms, goal, logits.shape[1], shape, input.dtype, reduction, label_smoothing, z_loss,
+        op, terms, goal, logits.shape[1], shape, dtype, reduction, label_smoothing, z_loss,
         return_lse, return_accuracy,
     )  # fmt: skip
 
@@ -173,11 +192,6 @@ def linear_cross_entropy(
             f"like input {list(input.shape)}, got {list(linear_weight.shape)}"
         )
     check_shape(op, "linear_bias", linear_bias, linear_weight.shape[:-1], "[C]")
-    on_logits = functools.partial(
-        cross_entropy, weight=weight, ignore_index=ignore, reduction=reduction,
-        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, return_lse=return_lse,
-        return_accuracy=return_accuracy,
-    )  # fmt: skip
     if linear_weight.dim() > 2:
         if shift:
             raise ValueError(
@@ -185,26 +199,32 @@ def linear_cross_entropy(
             )
         bias = None if linear_bias is None else linear_bias.flatten()
         logits = linear(input, linear_weight.flatten(0, -2), bias)
-        return on_logits(logits.unflatten(-1, linear_weight.shape[:-1]), target)
+        return cross_entropy(
+            logits.unflatten(-1, linear_weight.shape[:-1]), target, weight,
+            ignore_index=ignore, reduction=reduction, label_smoothing=label_smoothing,
+            z_loss=z_loss, softcap=softcap, return_lse=return_lse, return_accuracy=return_accuracy,
+        )  # fmt: skip
     input, linear_weight, linear_bias = autocast(
         input.device.type, input, linear_weight, linear_bias
     )
     shape, classes = input.shape[:-1], linear_weight.shape[0]
-    if (
-        input.numel() // max(1, input.shape[-1]) * classes <= _FEW_LOGITS
-        and input.dtype in (torch.float32, torch.float64)  # others are not rounded to logits
-        and target.dtype == torch.int64
-        and target.shape == shape
-        and not shift
-    ):
-        return on_logits(linear(input, linear_weight, linear_bias).flatten(0, -2), target.flatten())
     if shift:
         target = _shifted(op, target, shape, ignore)
     x = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
     goal = _target(
         op, target, (*shape, classes), shape, x, weight, ignore, softcap, label_smoothing,
     )  # fmt: skip
+    dtypes = {t.dtype for t in (x, linear_weight, linear_bias) if t is not None}
+    few = len(x) * classes <= _FEW_LOGITS and len(dtypes) == 1
     with without_autocast():
+        # Narrow dtypes are not rounded to logits.
+        if few and goal.labels is not None and x.dtype in (torch.float32, torch.float64):
+            loss = _of_logits(
+                op, linear(x, linear_weight, linear_bias).unsqueeze(2),
+                goal._replace(labels=goal.labels.t()), needs_grad(weight), shape, input.dtype,
+                reduction, label_smoothing, z_loss, return_lse, return_accuracy,
+            )  # fmt: skip
+            return _without_last(loss, reduction, return_lse) if shift else loss
         terms = _terms(
             (x, linear_weight, linear_bias),
             goal,
@@ -212,15 +232,18 @@ def linear_cross_entropy(
             lambda x, w, b, *t: torch.ops.lmkern.linear_cross_entropy_forward(x, w, b, False, *t),
             reference.linear_cross_entropy_terms,
             needs_grad(x, linear_weight, linear_bias),
-            needs_grad(target, weight)
-            or len({t.dtype for t in (x, linear_weight, linear_bias) if t is not None}) > 1
-            or not use_kernel(op, x),
+            needs_grad(target, weight) or len(dtypes) > 1 or not use_kernel(op, x),
         )
         loss = _loss(
             op, terms, goal, classes, shape, input.dtype, reduction, label_smoothing, z_loss,
             return_lse, return_accuracy,
         )  # fmt: skip
-    if not shift or (reduction != "none" and not return_lse):
+    return _without_last(loss, reduction, return_lse) if shift else loss
+
+
+def _without_last(loss: LossOrMore, reduction: str, return_lse: bool) -> LossOrMore:
+    """Without the last position of each sequence, which predicts nothing."""
+    if reduction != "none" and not return_lse:
         return loss
     several = loss if isinstance(loss, tuple) else (loss,)
     several = tuple(t if t.dim() == 0 else t[..., :-1] for t in several)
