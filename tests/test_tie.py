@@ -106,6 +106,11 @@ def test_double_backward():
     assert torch.autograd.gradgradcheck(of, (weight,))
 
 
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(TypeError, match="tie: weight must be a Tensor, got int"):
+        lf.tie(3)
+
+
 def test_without_gradients_or_under_a_transform_it_is_the_weight():
     weight = torch.randn(V, D)
     assert all(part is weight for part in lf.tie(weight))

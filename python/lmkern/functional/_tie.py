@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmkern.ops.check import check_tensors
 from lmkern.ops.library import is_plain_eager, needs_grad
 
 
@@ -31,7 +32,11 @@ def tie(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         table, head: both are ``weight``; under torch.compile, torch.func or without gradients literally.
+
+    Raises:
+        TypeError: weight is not a Tensor.
     """
+    check_tensors("tie", weight=weight)
     if not is_plain_eager() or not needs_grad(weight):
         return weight, weight
     return _Tie.apply(weight)
