@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # On x86 without AVX-512 also its 16-lane code, compiled for AVX2 (cmake/Isa.cmake).
 WIDE     := $(if $(shell grep -m1 -o avx512f /proc/cpuinfo 2>/dev/null),,avx2wide;)
 DEV_ISAS := $(if $(filter x86_64,$(shell uname -m)),baseline;avx2;$(WIDE)avx512;amx)
@@ -72,7 +72,7 @@ $(VENV)/.tools: pyproject.toml constraints.txt | check-tools
 $(VENV)/.built: $(BUILD_FILES) $(VENV)/.tools
 	@echo 'building the kernels and installing the development environment ...'
 	@$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e '.[dev]' \
-		-C build-dir=build/dev -C 'cmake.define.LMKERN_ISAS=$(DEV_ISAS)'
+		-C build-dir=build/dev -C 'cmake.define.LMKERN_ISAS=$(DEV_ISAS)' -C cmake.define.LMKERN_SIMT=ON
 	@touch $@
 
 # The kernels' own tests against a build with AddressSanitizer and UndefinedBehaviorSanitizer. Its

@@ -1,0 +1,17 @@
+// The functions of the cells (csrc/cells), for one value.
+#pragma once
+#include <cmath>
+
+#include "cuda/device/base.h"
+
+namespace lmkern::cuda {
+
+// float: CUDA's tanhf and expf, at most 2 ULP; sigmoid at most 4 ULP.
+struct DeviceMath {
+  static LMKERN_HOST_DEVICE float tanh(float x) { return ::tanhf(x); }
+  static LMKERN_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
+  static LMKERN_HOST_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
+  static LMKERN_HOST_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
+};
+
+}  // namespace lmkern::cuda
