@@ -115,7 +115,7 @@ def kernel_options(cell: int, batch: int, w_hh: torch.Tensor, **views: torch.Ten
     """csrc's RecurrentOptions without options, but for the views given."""
     names = ("b_hh", "w_hr", "peephole", "norm_hh", "norm_c_weight", "norm_c_bias")
     some = [views.get(name) for name in names]
-    return (cell, False, batch, w_hh, *some, 1e-5, None, None, None, 0.0, 0.0, None, None)
+    return (cell, False, batch, w_hh, *some, 1e-5, None, None, None, 0.0, 0.0, None, None, None, None)
 
 
 @pytest.mark.parametrize("size", [(20, 2, 16, 320), (20, 48, 16, 96)], ids=str)
@@ -138,7 +138,7 @@ def test_same_bits_for_any_thread_count(isa, size):
             h_n, c_n, d_h0, d_c0 = (torch.empty(B, H) for _ in range(4))
             options = kernel_options(0, B, w_hh)
             _C.recurrent_forward(
-                *options,
+                options,
                 gates,
                 h0,
                 c0,
@@ -155,8 +155,8 @@ def test_same_bits_for_any_thread_count(isa, size):
                 False,
             )
             _C.recurrent_backward(
-                *options, y, h_n, c_n, None, h0, c0, y, gates, cells, None, None, d_gates, None, None,
-                None, None, None, d_h0, d_c0, False,
+                options, y, h_n, c_n, None, h0, c0, y, gates, cells, None, None, d_gates, None, None,
+                None, None, None, d_h0, d_c0, False, None,
             )  # fmt: skip
             results.append((y, h_n, c_n, gates, cells, d_gates, d_h0, d_c0))
     finally:
@@ -328,7 +328,7 @@ def test_kernel_checks_before_it_writes():
 
     def run(w_hh=w, y=y, c_n=h, batch=3, cell=0, **views):
         _C.recurrent_forward(
-            *kernel_options(cell, batch, w_hh, **views), gates, None, None, None, y, h, c_n, None,
+            kernel_options(cell, batch, w_hh, **views), gates, None, None, None, y, h, c_n, None,
             None, None, None, True, None, False,
         )  # fmt: skip
 

@@ -45,10 +45,10 @@ struct ExchangeApi {  // DLPackExchangeAPI
   int (*managed_tensor_to_py_object)(ManagedTensor* tensor, void** object);
   int (*tensor_from_py_object)(void* object,
                                Tensor* out);  // borrowed, valid until the GIL is released
-  void* current_work_stream;
+  int (*current_work_stream)(std::int32_t device_type, std::int32_t device_id, void** out);
 };
 
-inline constexpr std::int32_t kCpu = 1;
+inline constexpr std::int32_t kCpu = 1, kCuda = 2;
 inline constexpr std::uint32_t kMajor = 1;
 
 // The table of a type, or null if it has none. Two types are common, so two are remembered.

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "core/check.h"
+#include "bindings/bind.h"
 #if defined(LMKERN_SIMT)
 #include "simt/planted.h"
 #include "simt/simt.h"
@@ -26,13 +26,7 @@ void set_schedule(const std::string& name, std::uint64_t seed) {
 #endif
 
 PYBIND11_MODULE(LMKERN_CUDA_MODULE, m, py::mod_gil_not_used()) {
-  py::register_exception_translator([](std::exception_ptr e) {
-    try {
-      if (e) std::rethrow_exception(e);
-    } catch (const lmkern::TypeError& error) {
-      py::set_error(PyExc_TypeError, error.what());
-    }
-  });
+  lmkern::bind_errors();
 #if defined(LMKERN_SIMT)
   m.def("set_schedule", set_schedule);
   m.def("race_mode", lmkern::simt::race_mode);

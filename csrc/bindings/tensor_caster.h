@@ -5,6 +5,9 @@
 #include "bindings/dlpack.h"
 #include "core/check.h"
 #include "core/tensor_view.h"
+#if defined(LMKERN_CUDA_MODULE)
+#include "cuda/stream.h"
+#endif
 
 namespace lmkern::dlpack {
 
@@ -32,7 +35,10 @@ inline bool view_of(PyObject* object, TensorView* view) {
                                 " dimensions, got " + std::to_string(tensor.ndim));
   view->data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   view->dtype = dtype_of(tensor.dtype);
-  view->on_cpu = tensor.device.type == kCpu;
+  view->device = tensor.device.type == kCpu    ? DeviceType::kCpu
+                 : tensor.device.type == kCuda ? DeviceType::kCuda
+                                               : DeviceType::kOther;
+  view->device_index = tensor.device.id;
   view->ndim = tensor.ndim;
   for (int i = 0; i < tensor.ndim; ++i) {
     view->shape[i] = tensor.shape[i];
@@ -41,6 +47,13 @@ inline bool view_of(PyObject* object, TensorView* view) {
   if (view->dtype == DType::kOther)
     throw TypeError("lmkern: unsupported dtype (DLPack code " + std::to_string(tensor.dtype.code) +
                     ", " + std::to_string(tensor.dtype.bits) + " bits)");
+#if defined(LMKERN_CUDA_MODULE)
+  void* stream = nullptr;
+  if (tensor.device.type == kCuda && api->current_work_stream != nullptr &&
+      api->current_work_stream(kCuda, tensor.device.id, &stream) != 0)
+    throw pybind11::error_already_set();
+  cuda::note_argument(*view, stream);
+#endif
   return true;
 }
 

@@ -44,8 +44,14 @@ void Check::fail_index(const std::string& message) const {
   throw std::out_of_range(std::string(op_) + ": " + message);
 }
 
-void Check::on_cpu(const char* name, const TensorView& view) const {
-  if (!view.on_cpu) fail(std::string(name) + " must be on the CPU like the other arguments");
+void Check::on_device(const char* name, const TensorView& view) const {
+  if (view.device != kDevice)
+    fail(std::string(name) + " must be on " +
+         (kDevice == DeviceType::kCpu ? "the CPU" : "a CUDA device") + " like the other arguments");
+  if (device_index_ >= 0 && view.device_index != device_index_)
+    fail(std::string(name) + " must be on device " + std::to_string(device_index_) +
+         " like the other arguments, got device " + std::to_string(view.device_index));
+  device_index_ = view.device_index;
   if (view.data == nullptr && view.numel() > 0) fail(std::string(name) + " has no storage");
 }
 
@@ -65,14 +71,14 @@ void Check::shape(const char* name, const TensorView& view,
 }
 
 void Check::dtype(const char* name, const TensorView& view, DType expected) const {
-  on_cpu(name, view);
+  on_device(name, view);
   if (view.dtype != expected)
     fail_type(std::string(name) + " must be " + dtype_name(expected) + ", got " +
               dtype_name(view.dtype));
 }
 
 void Check::floating(const char* name, const TensorView& view) const {
-  on_cpu(name, view);
+  on_device(name, view);
   if (view.dtype != DType::kFloat32 && view.dtype != DType::kFloat64 &&
       view.dtype != DType::kBFloat16 && view.dtype != DType::kFloat16)
     fail_type(std::string(name) + " must be float32, float64, bfloat16 or float16, got " +

@@ -33,7 +33,7 @@ class Check {
   // The exact shape.
   void shape(const char* name, const TensorView& view, std::initializer_list<std::int64_t> shape,
              const char* symbolic) const;
-  // The dtype, and that the tensor is on the CPU.
+  // The dtype, and that the tensor is on this module's device, the same as the arguments before.
   void dtype(const char* name, const TensorView& view, DType expected) const;
   // One of float32, float64, bfloat16, float16.
   void floating(const char* name, const TensorView& view) const;
@@ -49,8 +49,9 @@ class Check {
                 std::initializer_list<std::int64_t> shape, const char* symbolic) const;
 
  private:
-  void on_cpu(const char* name, const TensorView& view) const;
+  void on_device(const char* name, const TensorView& view) const;
   const char* op_;
+  mutable int device_index_ = -1;  // of the first argument
 };
 
 }  // namespace lmkern

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/device.h"
 #include "core/dtype.h"
 
 namespace lmkern {
@@ -15,7 +16,8 @@ inline constexpr int kMaxDims = 8;
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kOther;
-  bool on_cpu = false;
+  DeviceType device = DeviceType::kOther;
+  int device_index = 0;
   int ndim = 0;
   std::int64_t shape[kMaxDims] = {};
   std::int64_t strides[kMaxDims] = {};  // in elements

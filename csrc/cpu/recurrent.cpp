@@ -46,7 +46,7 @@ class ForwardPass {
   Steps steps{o, a.y.shape[0]};
   // A single step's product comes from the caller, and a first step from zeros has none.
   const bool multiplies =
-      !a.first_hh.defined() && (steps.count > 1 || a.h0.defined() || a.packed.defined());
+      !a.first_hh.defined() && (steps.count > 1 || a.h0.defined() || a.workspace.defined());
   const bool tiles = multiplies && use_tiles<S>(steps.batch);
   const RecurrentPlan plan{
       steps, panels, panels * width * kColumns * kLane * (tiles ? 6 : std::int64_t{sizeof(W)}),
@@ -73,11 +73,11 @@ class ForwardPass {
       recurrent.place_weights(scratch, width, multiplies ? panels : 0, tiles);
       projection.place_weights(scratch, hidden, projection_panels, tiles);
     };
-    if (a.packed.defined() &&
-        Scratch::place_at(a.packed.data, weights) > a.packed.numel() * sizeof(float))
-      throw std::invalid_argument("recurrent_forward: packed is too small");
+    if (a.workspace.defined() &&
+        Scratch::place_at(a.workspace.data, weights) > a.workspace.numel() * sizeof(float))
+      throw std::invalid_argument("recurrent_forward: workspace is too small");
     Scratch::place([&](Scratch& scratch) {
-      if (!a.packed.defined()) weights(scratch);
+      if (!a.workspace.defined()) weights(scratch);
       steps.place(scratch);
       recurrent.place_operands(scratch, steps.batch);
       projection.place_operands(scratch, projects ? steps.batch : 0);

@@ -1,7 +1,7 @@
 #include "ops/embedding.h"
 
+#include "core/backend.h"
 #include "core/check.h"
-#include "cpu/isa.h"
 #include "ops/indices.h"
 
 namespace lmkern {
@@ -28,7 +28,7 @@ void embedding_forward(const EmbeddingForwardArgs& a) {
   check.dtype("out", a.out, a.weight.dtype);
   check_rows(check, "out", a.out, a.indices, a.weight.shape[1]);
   check_indices(check, a.indices, a.weight.shape[0]);
-  cpu::kernels().embedding_forward(a);
+  backend::kernels().embedding_forward(a);
 }
 
 void embedding_renorm(const EmbeddingRenormArgs& a) {
@@ -39,7 +39,7 @@ void embedding_renorm(const EmbeddingRenormArgs& a) {
   check.dims("ids", a.ids, 1, "[U]");
   check.dtype("ids", a.ids, DType::kInt64);
   check_indices(check, a.ids, a.weight.shape[0]);
-  cpu::kernels().embedding_renorm(a);
+  backend::kernels().embedding_renorm(a);
 }
 
 std::int64_t embedding_buckets(const EmbeddingBucketsArgs& a) {
@@ -52,7 +52,7 @@ std::int64_t embedding_buckets(const EmbeddingBucketsArgs& a) {
   check_indices(check, a.indices, a.num_embeddings);
   if (n > 0 && static_cast<std::uint64_t>(n) > ~std::uint64_t{0} / 4 / a.num_embeddings)
     check.fail("N V must be below 2^62");
-  return cpu::kernels().embedding_buckets(a);
+  return backend::kernels().embedding_buckets(a);
 }
 
 void embedding_backward(const EmbeddingBackwardArgs& a) {
@@ -62,7 +62,7 @@ void embedding_backward(const EmbeddingBackwardArgs& a) {
                           a.d_out.shape[0]);
   check.tensor("d_out", a.d_out, a.d_weight.dtype, {a.d_out.shape[0], a.d_weight.shape[1]},
                "[N, D]");
-  cpu::kernels().embedding_backward(a);
+  backend::kernels().embedding_backward(a);
 }
 
 void embedding_clear(const EmbeddingClearArgs& a) {
@@ -70,7 +70,7 @@ void embedding_clear(const EmbeddingClearArgs& a) {
   check.floating("d_weight", a.d_weight);
   check.dims("d_weight", a.d_weight, 2, "[V, D]");
   check.contiguous("d_weight", a.d_weight);
-  cpu::kernels().embedding_clear(a);
+  backend::kernels().embedding_clear(a);
 }
 
 bool embedding_is_clear(const EmbeddingIsClearArgs& a) {
@@ -81,7 +81,7 @@ bool embedding_is_clear(const EmbeddingIsClearArgs& a) {
   if (a.written.defined())
     check.tensor("written", a.written, DType::kInt64, {a.written.shape[0]}, "[K]");
   if (a.samples < 1) check.fail("samples must be positive, got " + std::to_string(a.samples));
-  return cpu::kernels().embedding_is_clear(a);
+  return backend::kernels().embedding_is_clear(a);
 }
 
 }  // namespace lmkern

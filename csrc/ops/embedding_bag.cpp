@@ -1,7 +1,7 @@
 #include "ops/embedding_bag.h"
 
+#include "core/backend.h"
 #include "core/dispatch.h"
-#include "cpu/isa.h"
 #include "ops/indices.h"
 
 namespace lmkern {
@@ -80,7 +80,7 @@ void embedding_bag_forward(const EmbeddingBagForwardArgs& a) {
   const std::int64_t count = check_bags(check, a.bags, a.weight, a.weight.shape[0]);
   check.tensor("out", a.out, a.weight.dtype, {count, width}, "[B, D]");
   check.optional("winners", a.winners, DType::kInt32, {count, width}, "[B, D]");
-  cpu::kernels().embedding_bag_forward(a);
+  backend::kernels().embedding_bag_forward(a);
 }
 
 void embedding_bag_backward(const EmbeddingBagBackwardArgs& a) {
@@ -92,7 +92,7 @@ void embedding_bag_backward(const EmbeddingBagBackwardArgs& a) {
   const std::int64_t width = a.d_weight.shape[1];
   check.tensor("d_out", a.d_out, a.d_weight.dtype, {count, width}, "[B, D]");
   check_winners(check, a.bags, a.winners, count, width);
-  cpu::kernels().embedding_bag_backward(a);
+  backend::kernels().embedding_bag_backward(a);
 }
 
 void embedding_bag_weights_backward(const EmbeddingBagWeightsBackwardArgs& a) {
@@ -109,7 +109,7 @@ void embedding_bag_weights_backward(const EmbeddingBagWeightsBackwardArgs& a) {
   if (a.d_per_sample_weights.numel() != a.bags.indices.numel())
     check.fail("d_per_sample_weights must have the shape of input, got " +
                shape_string(a.d_per_sample_weights));
-  cpu::kernels().embedding_bag_weights_backward(a);
+  backend::kernels().embedding_bag_weights_backward(a);
 }
 
 }  // namespace lmkern

@@ -1,7 +1,7 @@
 #include "ops/embedding_optimizer.h"
 
+#include "core/backend.h"
 #include "core/check.h"
-#include "cpu/isa.h"
 
 namespace lmkern {
 namespace {
@@ -42,7 +42,7 @@ void check_state(const Check& check, const char* name, const TensorView& state,
 void embedding_sgd(const EmbeddingSgdArgs& a) {
   const Check check("embedding_sgd");
   check_table(check, a.table, false);
-  cpu::kernels().embedding_sgd(a);
+  backend::kernels().embedding_sgd(a);
 }
 
 void embedding_adagrad(const EmbeddingAdagradArgs& a) {
@@ -54,7 +54,7 @@ void embedding_adagrad(const EmbeddingAdagradArgs& a) {
                  {a.table.weight.shape[0]}, "[V]");
   else
     check_state(check, "sum", a.sum, a.table.weight);
-  cpu::kernels().embedding_adagrad(a);
+  backend::kernels().embedding_adagrad(a);
 }
 
 void embedding_adam(const EmbeddingAdamArgs& a) {
@@ -62,7 +62,7 @@ void embedding_adam(const EmbeddingAdamArgs& a) {
   check_table(check, a.table, true);
   check_state(check, "exp_avg", a.exp_avg, a.table.weight);
   check_state(check, "exp_avg_sq", a.exp_avg_sq, a.table.weight);
-  cpu::kernels().embedding_adam(a);
+  backend::kernels().embedding_adam(a);
 }
 
 }  // namespace lmkern

@@ -1,7 +1,7 @@
 #include "ops/recurrent.h"
 
+#include "core/backend.h"
 #include "core/check.h"
-#include "cpu/isa.h"
 
 namespace lmkern {
 namespace {
@@ -14,6 +14,22 @@ struct Extents {
 
 void require(const Check& check, const char* name, const TensorView& view) {
   if (!view.defined()) check.fail(std::string(name) + " must be given");
+}
+
+// Packed weights on the CPU; on a GPU what lies between the steps.
+void check_workspace(const Check& check, const RecurrentOptions& options, const TensorView& view,
+                     bool backward) {
+#if defined(LMKERN_CUDA_MODULE)
+  const std::int64_t bytes = cuda::recurrent_workspace(options, backward);
+  check.tensor("workspace", view, DType::kUInt8, {bytes}, "[recurrent_workspace]");
+#else
+  if (options.lengths.defined() || options.offsets.defined())
+    check.fail("lengths and offsets must be absent on the CPU, whose rows are sorted");
+  if (!view.defined()) return;
+  if (backward) check.fail("workspace must be absent in the backward pass");
+  check.dtype("workspace", view, DType::kFloat32);
+  check.contiguous("workspace", view);
+#endif
 }
 
 void check_cell(const Check& check, RecurrentCell cell) {
@@ -58,6 +74,14 @@ Extents check_options(const Check& check, const RecurrentOptions& o, const Tenso
   if (o.norm_c_weight.defined() && !o.norm_hh.defined())
     check.fail("norm_hh must be given with norm_c_weight");
   if (e.B < 0) check.fail("batch must be >= 0, got " + std::to_string(e.B));
+  check.optional("lengths", o.lengths, DType::kInt64, {e.B}, "[B]");
+  if (o.offsets.defined()) {
+    check.dims("offsets", o.offsets, 1, "[T]");
+    check.tensor("offsets", o.offsets, DType::kInt64, {o.offsets.shape[0]}, "[T]");
+    require(check, "lengths", o.lengths);
+  }
+  if (!kReadable && o.batch_sizes.defined())
+    check.fail("batch_sizes must be absent on a GPU, which takes offsets and lengths");
   if (o.batch_sizes.defined()) {
     check.dtype("batch_sizes", o.batch_sizes, DType::kInt64);
     check.dims("batch_sizes", o.batch_sizes, 1, "[T]");
@@ -73,7 +97,7 @@ Extents check_options(const Check& check, const RecurrentOptions& o, const Tenso
     if (rows != N)
       check.fail("batch_sizes must add up to the " + std::to_string(N) + " rows of gates, got " +
                  std::to_string(rows));
-  } else if (e.B == 0 ? N != 0 : N % e.B != 0) {
+  } else if (!o.offsets.defined() && (e.B == 0 ? N != 0 : N % e.B != 0)) {
     check.fail("gates must have a multiple of " + std::to_string(e.B) + " rows, got " +
                shape_string(gates));
   }
@@ -100,12 +124,9 @@ void recurrent_forward(const RecurrentForwardArgs& a) {
   check.optional("hidden", a.hidden, accumulate, {N, H}, "[N, H]");
   check.optional("hh", a.hh, accumulate, {N, G * H}, "[N, G*H]");
   check.optional("unprojected", a.unprojected, dtype, {N, H}, "[N, H]");
-  if (a.packed.defined()) {
-    check.dtype("packed", a.packed, DType::kFloat32);
-    check.contiguous("packed", a.packed);
-  }
+  check_workspace(check, a.options, a.workspace, false);
   if (a.first_hh.defined() && N != B) check.fail("first_hh must be absent but for a single step");
-  cpu::kernels().recurrent_forward(a);
+  backend::kernels().recurrent_forward(a);
 }
 
 void recurrent_backward(const RecurrentBackwardArgs& a) {
@@ -133,9 +154,10 @@ void recurrent_backward(const RecurrentBackwardArgs& a) {
   if (o.cell == RecurrentCell::kLstm) require(check, "cells", a.cells);
   if (o.cell == RecurrentCell::kGru && !a.recompute) require(check, "hidden", a.hidden);
   if (o.norm_hh.defined() || a.recompute) require(check, "hh", a.hh);
+  check_workspace(check, o, a.workspace, true);
   if (o.w_hr.defined()) require(check, "d_h", a.d_h);
   if (o.norm_c_weight.defined()) require(check, "d_c_normed", a.d_c_normed);
-  cpu::kernels().recurrent_backward(a);
+  backend::kernels().recurrent_backward(a);
 }
 
 void recurrent_step(const RecurrentStepArgs& a) {
@@ -169,7 +191,7 @@ void recurrent_step(const RecurrentStepArgs& a) {
   check.optional("cells", a.cells, accumulate, {B, H}, "[B, H]");
   check.optional("hidden", a.hidden, accumulate, {B, H}, "[B, H]");
   if (a.gates.defined() && a.cell == RecurrentCell::kGru) require(check, "hidden", a.hidden);
-  cpu::kernels().recurrent_step(a);
+  backend::kernels().recurrent_step(a);
 }
 
 void recurrent_step_backward(const RecurrentStepBackwardArgs& a) {
@@ -195,7 +217,7 @@ void recurrent_step_backward(const RecurrentStepBackwardArgs& a) {
     check.tensor("d_hh", a.d_hh, dtype, {B, GH}, "[B, G*H]");
     check.tensor("d_h_prev", a.d_h_prev, dtype, {B, H}, "[B, H]");
   }
-  cpu::kernels().recurrent_step_backward(a);
+  backend::kernels().recurrent_step_backward(a);
 }
 
 }  // namespace lmkern

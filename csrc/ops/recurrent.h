@@ -57,7 +57,12 @@ struct RecurrentOptions {
   TensorView zoneout_c;  // bool [N, H]
   double zoneout_h_rate, zoneout_c_rate;
   TensorView reset;        // bool [N]
-  TensorView batch_sizes;  // int64 [T]; absent: T = N / B steps of B rows
+  TensorView batch_sizes;  // int64 [T]; absent: T = N / B steps of B rows. CPU only
+  // On a GPU, where nothing is sorted and no size is read: row b takes part in the steps t < lengths[b],
+  // and step t has its rows at offsets[t] + b (absent: t * B + b). Where it does not, y = 0 and the state
+  // is carried on.
+  TensorView lengths;  // int64 [B]; absent: all T
+  TensorView offsets;  // int64 [T]; absent: a rectangle
 };
 
 struct RecurrentForwardArgs {
@@ -74,8 +79,9 @@ struct RecurrentForwardArgs {
   TensorView hh;           // A [N, G*H] out: h W_hh^T before norm; absent: not wanted
   TensorView unprojected;  // [N, H] out: o * tanh(c); absent: not wanted
   bool save;               // write activations back to gates
-  TensorView packed;  // float32 [enough]: packed weights, for several calls with the same ones;
-                      // absent: packed for this call
+  // CPU: float32 [enough], packed weights for several calls with the same ones; absent: packed for this
+  // call. GPU: uint8 [recurrent_workspace(options, false)].
+  TensorView workspace;
   bool packed_ready;  // an earlier call with the same weights, batch and threads has packed
 };
 
@@ -103,6 +109,7 @@ struct RecurrentBackwardArgs {
       d_h0;  // [B, P] out, absent: not wanted; of a rectangle's single step without m * (d_hh W_hh)
   TensorView d_c0;  // [B, H] out, absent: not wanted
   bool recompute;   // gates are computed again from x' and hh
+  TensorView workspace;  // GPU: uint8 [recurrent_workspace(options, true)]; absent on the CPU
 };
 
 // One step without options, and its gradient but for the products with the weights.

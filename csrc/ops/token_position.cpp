@@ -1,7 +1,7 @@
 #include "ops/token_position.h"
 
+#include "core/backend.h"
 #include "core/check.h"
-#include "cpu/isa.h"
 #include "ops/indices.h"
 
 namespace lmkern {
@@ -90,7 +90,7 @@ void token_position_forward(const TokenPositionForwardArgs& a) {
   check_parameter(check, "bias", a.bias, dtype, width, a.statistics);
   check_dropout(check, a.dropout_p);
   check.tensor("out", a.out, dtype, {rows, width}, "[N, D]");
-  cpu::kernels().token_position_forward(a);
+  backend::kernels().token_position_forward(a);
 }
 
 void token_position_backward(const TokenPositionBackwardArgs& a) {
@@ -116,7 +116,7 @@ void token_position_backward(const TokenPositionBackwardArgs& a) {
   check.optional("d_position", a.d_position, dtype, {a.rows.length, width}, "[L, D]");
   check_parameter(check, "d_weight", a.d_weight, wide(dtype), width, a.statistics);
   check_parameter(check, "d_bias", a.d_bias, wide(dtype), width, a.statistics);
-  cpu::kernels().token_position_backward(a);
+  backend::kernels().token_position_backward(a);
 }
 
 }  // namespace lmkern

@@ -51,9 +51,8 @@ unmasked_copy(const float* in, float* out) {
   float* const s = shared_memory<float>();
   const int i = thread_index(), rows = 32;
   if (i < rows) {
-    const bool exists = i < 16;
-    copy_async<16>(s + 4 * i, kBug || exists ? in + 4 * i : in,
-                   kBug || exists ? 16 : 0);  // bug: unmasked_copy
+    const int row = kBug || i < 16 ? i : 0, valid = kBug || i < 16 ? 16 : 0;
+    copy_async<16>(s + 4 * i, in + 4 * row, valid);  // bug: unmasked_copy
   }
   copy_commit();
   copy_wait<0>();

@@ -5,25 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
+# csrc/ops/recurrent.h's RecurrentOptions, member by member
+_RecurrentOptions = tuple[
+    int, bool, int, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, Tensor | None, Tensor | None, Tensor | None, float, float, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
+
 def recurrent_forward(
-    cell: int,
-    reverse: bool,
-    batch: int,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    peephole: Tensor | None,
-    norm_hh: Tensor | None,
-    norm_c_weight: Tensor | None,
-    norm_c_bias: Tensor | None,
-    eps: float,
-    h_mask: Tensor | None,
-    zoneout_h: Tensor | None,
-    zoneout_c: Tensor | None,
-    zoneout_h_rate: float,
-    zoneout_c_rate: float,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
+    options: _RecurrentOptions,
     gates: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -36,28 +24,11 @@ def recurrent_forward(
     hh: Tensor | None,
     unprojected: Tensor | None,
     save: bool,
-    packed: Tensor | None,
+    workspace: Tensor | None,
     packed_ready: bool,
 ) -> None: ...
 def recurrent_backward(
-    cell: int,
-    reverse: bool,
-    batch: int,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    peephole: Tensor | None,
-    norm_hh: Tensor | None,
-    norm_c_weight: Tensor | None,
-    norm_c_bias: Tensor | None,
-    eps: float,
-    h_mask: Tensor | None,
-    zoneout_h: Tensor | None,
-    zoneout_c: Tensor | None,
-    zoneout_h_rate: float,
-    zoneout_c_rate: float,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
+    options: _RecurrentOptions,
     d_y: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
@@ -78,6 +49,7 @@ def recurrent_backward(
     d_h0: Tensor | None,
     d_c0: Tensor | None,
     recompute: bool,
+    workspace: Tensor | None,
 ) -> None: ...
 def recurrent_step(
     cell: int,

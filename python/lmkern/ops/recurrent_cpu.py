@@ -77,6 +77,7 @@ def _kernel_options(i: Inputs, o: Options, rows: Rows) -> tuple[Any, ...]:
         _dense(i.peephole), _dense(i.norm_hh), _dense(i.norm_cell_weight), _dense(i.norm_cell_bias),
         o.eps, rows.sort(i.h_mask), rows.pack(i.zoneout_h), rows.pack(i.zoneout_c), o.zoneout_h_rate,
         o.zoneout_c_rate, rows.pack(i.reset_mask), rows.batch_sizes,
+        None, None,
     )  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
                 first_hh = matmul(operand, i.w_hh, transpose_b=True)
             forward: Any = _C.recurrent_forward
             forward(
-                *options, gates, h0, c0, first_hh, packed_y, packed_h,
+                options, gates, h0, c0, first_hh, packed_y, packed_h,
                 packed_c if o.cell == 0 else None, cells, _rows(saved.hidden, n),
                 _rows(saved.hh, n), _rows(saved.unprojected, n), saved.gates.numel() > 0, None, False,
             )  # fmt: skip
@@ -233,7 +234,7 @@ def _forward_in_chunks(
         first = at == (starts[-1] if o.reverse else 0)
         forward: Any = _C.recurrent_forward
         forward(
-            *options, gates, h0 if first else h, (c0 if first else c) if o.cell == 0 else None, None,
+            options, gates, h0 if first else h, (c0 if first else c) if o.cell == 0 else None, None,
             y[part], h, c if o.cell == 0 else None, None if cells is None else cells[part], None, None,
             None, False, packed, not first,
         )  # fmt: skip
@@ -300,9 +301,9 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     d_c0 = new(rows.batch, hidden) if need[6] else None
     backward: Any = _C.recurrent_backward
     backward(
-        *_kernel_options(i, o, rows), rows.pack(d_y), rows.sort(d_h_n), rows.sort(d_c_n),
+        _kernel_options(i, o, rows), rows.pack(d_y), rows.sort(d_h_n), rows.sort(d_c_n),
         rows.pack(d_cells), h0, c0, packed_y, gates, cells, saved_hidden, hh, d_gates, d_hh, d_h,
-        d_normed, d_c_normed, c_now, d_h0, d_c0, o.recompute,
+        d_normed, d_c_normed, c_now, d_h0, d_c0, o.recompute, None,
     )  # fmt: skip
     if d_hh is None:
         d_hh = d_gates
