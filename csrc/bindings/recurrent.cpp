@@ -7,6 +7,7 @@
 #include "bindings/bind.h"
 #if defined(LMKERN_CUDA_MODULE)
 #include "cuda/kernels.h"
+#include "cuda/recurrent.h"
 #endif
 
 namespace lmkern {
@@ -67,6 +68,7 @@ void bind_recurrent(pybind11::module_& m) {
                                     workspace});
         });
 #if defined(LMKERN_CUDA_MODULE)
+  m.def("recurrent_allow_persistent", cuda::allow_persistent);
   m.def("recurrent_workspace", [](const Options& options, bool backward) {
     return cuda::recurrent_workspace(recurrent_options(options), backward);
   });
