@@ -90,7 +90,7 @@ class Rows:
             else (slice(0, b), slice(b, n), slice(0, n - b))
         )
         d_w = matmul(d_hh[rest], y[before], transpose_a=True)
-        return d_w if h0 is None else d_w.addmm_(d_hh[first].t(), h0)
+        return d_w if h0 is None or n == 0 else d_w.addmm_(d_hh[first].t(), h0)
 
 
 class PackedRows(Rows):
