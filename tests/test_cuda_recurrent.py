@@ -31,7 +31,7 @@ def kernels(request, monkeypatch):
     module = importlib.import_module(f"lmkern.{request.param}")
     monkeypatch.setattr(recurrent_cpu, "kernels_of", lambda tensor: module)
     yield module
-    module.recurrent_allow_persistent(True)
+    module.recurrent_begin_at("cluster")
     module.set_schedule("fifo", 0)
 
 
@@ -130,28 +130,28 @@ OPTIONS = {
 CASES = [(cell, options) for cell, all_of_it in OPTIONS.items() for options in all_of_it]
 
 
-@pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "steps"])
+@pytest.mark.parametrize("path", ["cluster", "persistent", "steps"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join((c[0], *c[1])))
-def test_options_against_float64(kernels, case, reverse, persistent):
-    kernels.recurrent_allow_persistent(persistent)
+def test_options_against_float64(kernels, case, reverse, path):
+    kernels.recurrent_begin_at(path)
     check(Problem(case[0], torch.float32, (5, 3, 4, 7), case[1], reverse), torch.float32)
 
 
-@pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "steps"])
+@pytest.mark.parametrize("path", ["cluster", "persistent", "steps"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 @pytest.mark.parametrize("size", [(3, 9, 5, 41), (1, 1, 1, 1), (2, 70, 3, 9), (4, 2, 3, 16)], ids=str)  # fmt: skip
-def test_sizes_and_dtypes(kernels, size, cell, dtype, persistent):
+def test_sizes_and_dtypes(kernels, size, cell, dtype, path):
     if kernels.race_mode() and max(size) > 50:
         pytest.skip("slow where each access is checked")
-    kernels.recurrent_allow_persistent(persistent)
+    kernels.recurrent_begin_at(path)
     check(Problem(cell, dtype, size, ("initial",)), dtype)
 
 
-@pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "steps"])
-def test_same_bits_under_every_schedule(kernels, persistent):
-    kernels.recurrent_allow_persistent(persistent)
+@pytest.mark.parametrize("path", ["cluster", "persistent", "steps"])
+def test_same_bits_under_every_schedule(kernels, path):
+    kernels.recurrent_begin_at(path)
     results = []
     for schedule in SCHEDULES:
         kernels.set_schedule(*schedule)
