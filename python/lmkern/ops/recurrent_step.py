@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lmkern import _C
+from lmkern.ops.backend import takes_cuda
 from lmkern.ops.library import KERNEL_DTYPES, accumulate_dtype, is_plain_eager, matmul
 from lmkern.ops.recurrent_cpu import GATES, reads_weights_directly
 
@@ -204,6 +205,7 @@ def plain_step(
         or (b_ih is None) != (b_hh is None)
         or x.dtype not in KERNEL_DTYPES
         or not x.is_cpu
+        or takes_cuda(x)
         or x.numel() == 0
         or not is_plain_eager()
         or x.is_neg()
