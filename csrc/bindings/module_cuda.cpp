@@ -27,6 +27,7 @@ void set_schedule(const std::string& name, std::uint64_t seed) {
 
 PYBIND11_MODULE(LMKERN_CUDA_MODULE, m, py::mod_gil_not_used()) {
   lmkern::bind_errors();
+  lmkern::bind_recurrent(m);
 #if defined(LMKERN_SIMT)
   m.def("set_schedule", set_schedule);
   m.def("race_mode", lmkern::simt::race_mode);
