@@ -30,6 +30,7 @@ PYBIND11_MODULE(LMKERN_CUDA_MODULE, m, py::mod_gil_not_used()) {
   lmkern::bind_errors();
   lmkern::bind_embedding(m);
   lmkern::bind_embedding_bag(m);
+  lmkern::bind_recurrent(m);
   // The message of an index that a kernel found to be out of range, or None; then it is forgotten.
   m.def("take_index_error", lmkern::cuda::take_index_error);
 #if defined(LMKERN_SIMT)

@@ -7,6 +7,7 @@
 #include "bindings/bind.h"
 #if defined(LMKERN_CUDA_MODULE)
 #include "cuda/kernels.h"
+#include "cuda/recurrent.h"
 #endif
 
 namespace lmkern {
@@ -67,6 +68,14 @@ void bind_recurrent(pybind11::module_& m) {
                                     workspace});
         });
 #if defined(LMKERN_CUDA_MODULE)
+  m.def("recurrent_begin_at", [](const std::string& path) {
+    using P = cuda::RecurrentPath;
+    if (path != "cluster" && path != "persistent" && path != "steps")
+      throw std::invalid_argument("path must be cluster, persistent or steps, got " + path);
+    cuda::begin_at(path == "cluster"      ? P::kCluster
+                   : path == "persistent" ? P::kPersistent
+                                          : P::kSteps);
+  });
   m.def("recurrent_workspace", [](const Options& options, bool backward) {
     return cuda::recurrent_workspace(recurrent_options(options), backward);
   });

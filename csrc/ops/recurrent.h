@@ -107,8 +107,8 @@ struct RecurrentBackwardArgs {
   TensorView c_now;       // A [N, H] out: c_t before zoneout, absent: not wanted
   TensorView
       d_h0;  // [B, P] out, absent: not wanted; of a rectangle's single step without m * (d_hh W_hh)
-  TensorView d_c0;  // [B, H] out, absent: not wanted
-  bool recompute;   // gates are computed again from x' and hh
+  TensorView d_c0;       // [B, H] out, absent: not wanted
+  bool recompute;        // gates are computed again from x' and hh
   TensorView workspace;  // GPU: uint8 [recurrent_workspace(options, true)]; absent on the CPU
 };
 

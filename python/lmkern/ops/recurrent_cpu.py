@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmkern import _C
+from lmkern.ops.backend import kernels_of
 from lmkern.ops.library import accumulate_dtype, matmul, plain_products
 from lmkern.ops.memory import fresh
-from lmkern.ops.recurrent_rows import Rows, rows_of
+from lmkern.ops.recurrent_rows import Rows, device_rows_of, rows_of
 
 # In the order of csrc/ops/recurrent.h's RecurrentCell.
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_sigmoid")
@@ -77,8 +78,20 @@ def _kernel_options(i: Inputs, o: Options, rows: Rows) -> tuple[Any, ...]:
         _dense(i.peephole), _dense(i.norm_hh), _dense(i.norm_cell_weight), _dense(i.norm_cell_bias),
         o.eps, rows.sort(i.h_mask), rows.pack(i.zoneout_h), rows.pack(i.zoneout_c), o.zoneout_h_rate,
         o.zoneout_c_rate, rows.pack(i.reset_mask), rows.batch_sizes,
-        None, None,
+        rows.lengths, rows.offsets,
     )  # fmt: skip
+
+
+def _placed(i: Inputs) -> tuple[Any, bool, Rows]:
+    """The kernels for x, whether they are a GPU's, and the rows as those want them."""
+    kernels = kernels_of(i.x)
+    on_gpu = kernels is not _C
+    place = device_rows_of if on_gpu else rows_of
+    return kernels, on_gpu, place(i.x, i.lengths, i.batch_sizes, _batch(i))
+
+
+def _workspace(kernels: Any, options: tuple[Any, ...], x: Tensor, backward: bool) -> Tensor:
+    return x.new_empty(kernels.recurrent_workspace(options, backward), dtype=torch.uint8)
 
 
 def _outputs(i: Inputs, o: Options, save: bool, want_cells: bool) -> tuple[Tensor, ...]:
@@ -152,7 +165,7 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     save, want_cells = args[24:]
     y, h_n, c_n, cells_out, *kept = _outputs(i, o, save, want_cells)
     saved = Saved(*kept)
-    rows = rows_of(i.x, i.lengths, i.batch_sizes, _batch(i))
+    kernels, on_gpu, rows = _placed(i)
     n = rows.count
     wide, hidden = i.w_hh.shape[0], i.w_hh.shape[0] // GATES[o.cell]
     packed_y = rows.fresh(y)
@@ -162,7 +175,8 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     packed_h, packed_c = rows.fresh_state(h_n), rows.fresh_state(c_n)
     h0, c0 = rows.sort(i.h0), rows.sort(i.c0)
     options = _kernel_options(i, o, rows)
-    chunk = _steps_of_a_chunk(i, o, rows, save)
+    chunk = 0 if on_gpu else _steps_of_a_chunk(i, o, rows, save)
+    workspace = _workspace(kernels, options, i.x, False) if on_gpu else None
     with plain_products():
         if chunk:
             _forward_in_chunks(
@@ -175,11 +189,11 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
             if h0 is not None and rows.single:  # a single product is not worth packing w_hh for
                 operand = _recurrent_operand(i, rows, packed_y, o.reverse)
                 first_hh = matmul(operand, i.w_hh, transpose_b=True)
-            forward: Any = _C.recurrent_forward
+            forward: Any = kernels.recurrent_forward
             forward(
                 options, gates, h0, c0, first_hh, packed_y, packed_h,
                 packed_c if o.cell == 0 else None, cells, _rows(saved.hidden, n),
-                _rows(saved.hh, n), _rows(saved.unprojected, n), saved.gates.numel() > 0, None, False,
+                _rows(saved.hh, n), _rows(saved.unprojected, n), saved.gates.numel() > 0, workspace, False,
             )  # fmt: skip
     rows.unpack(packed_y, y)
     rows.unsort(packed_h, h_n)
@@ -265,7 +279,7 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     d_y, d_h_n, d_c_n, d_cells, y = args[24:29]
     kept = args[29:34]
     need = [n and t is not None for n, t in zip(args[34], i[:DIFFERENTIABLE], strict=True)]
-    rows = rows_of(i.x, i.lengths, i.batch_sizes, _batch(i))
+    kernels, on_gpu, rows = _placed(i)
     n, wide, width = rows.count, i.w_hh.shape[0], i.w_hh.shape[1]
     hidden = wide // GATES[o.cell]
     gru = o.cell == 1
@@ -274,7 +288,12 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     gates, cells, saved_hidden, hh, unprojected = (_rows(t, n) for t in kept)
     packed_y = rows.pack(y)
     h0, c0 = rows.sort(i.h0), rows.sort(i.c0)
-    plain_operand = rows.batch_sizes is None and i.reset_mask is None and i.h_mask is None
+    plain_operand = (
+        rows.batch_sizes is None
+        and rows.lengths is None
+        and i.reset_mask is None
+        and i.h_mask is None
+    )
     operand = None
     with plain_products():
         if not plain_operand or o.recompute:
@@ -299,11 +318,13 @@ def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
         c_now = new(n, hidden, dtype=wider)
     d_h0 = new(rows.batch, width) if need[5] else None
     d_c0 = new(rows.batch, hidden) if need[6] else None
-    backward: Any = _C.recurrent_backward
+    backward: Any = kernels.recurrent_backward
+    options = _kernel_options(i, o, rows)
+    workspace = _workspace(kernels, options, i.x, True) if on_gpu else None
     backward(
-        _kernel_options(i, o, rows), rows.pack(d_y), rows.sort(d_h_n), rows.sort(d_c_n),
+        options, rows.pack(d_y), rows.sort(d_h_n), rows.sort(d_c_n),
         rows.pack(d_cells), h0, c0, packed_y, gates, cells, saved_hidden, hh, d_gates, d_hh, d_h,
-        d_normed, d_c_normed, c_now, d_h0, d_c0, o.recompute, None,
+        d_normed, d_c_normed, c_now, d_h0, d_c0, o.recompute, workspace,
     )  # fmt: skip
     if d_hh is None:
         d_hh = d_gates

@@ -1,8 +1,9 @@
 """The rows of a recurrent layer's batch as its kernel wants them.
 
 A kernel runs over N rows, step after step; which rows of the batch take part in a step is a rectangle
-or, as in a PackedSequence, a staircase. Padded input with ``lengths`` is brought into that form here:
-rows sorted by length, padding left out, so that padded steps cost nothing.
+or, as in a PackedSequence, a staircase. For the CPU, padded input with ``lengths`` is brought into that
+form here: rows sorted by length, padding left out, so that padded steps cost nothing. A GPU masks rows
+in its kernels instead (the classes at the end), because nothing may depend on data there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Rows:
 
     index: Tensor | None = None
     batch_sizes: Tensor | None = None
+    lengths: Tensor | None = None  # int64 [B], on a GPU: of the rows of the batch
+    offsets: Tensor | None = None  # int64 [T], on a GPU: of the rows of a step, where packed
 
     def __init__(self, lead: torch.Size, batch: int) -> None:
         self.lead, self.batch = lead, batch
@@ -87,7 +90,7 @@ class Rows:
             else (slice(0, b), slice(b, n), slice(0, n - b))
         )
         d_w = matmul(d_hh[rest], y[before], transpose_a=True)
-        return d_w if h0 is None else d_w.addmm_(d_hh[first].t(), h0)
+        return d_w if h0 is None or n == 0 else d_w.addmm_(d_hh[first].t(), h0)
 
 
 class PackedRows(Rows):
@@ -179,6 +182,65 @@ class SortedRows(PackedRows):
 
     def unsorted(self, packed: Tensor) -> Tensor:
         return torch.empty_like(packed).index_copy_(0, self.order, packed)
+
+
+class DeviceRows(Rows):
+    """[T, B, ...] on a GPU, with ``lengths`` or without: row b is masked from step lengths[b] on."""
+
+    def __init__(self, lead: torch.Size, batch: int, lengths: Tensor | None) -> None:
+        super().__init__(lead, batch)
+        self.single = False  # the kernel does a single step's products, too
+        self.lengths = None if lengths is None else lengths.contiguous()
+
+    def previous(self, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
+        before = super().previous(y, initial, reverse)
+        if not reverse or self.lengths is None or initial is None:
+            return before
+        steps = self.count // max(self.batch, 1)
+        later = torch.arange(1, steps + 1, device=y.device).unsqueeze(1)
+        starts = (later >= self.lengths).view(-1, 1)  # the step after has no such row
+        return torch.where(starts, self.each_step(initial), before)
+
+
+class DevicePackedRows(PackedRows):
+    """[N, ...] as in a PackedSequence, on a GPU. ``batch_sizes`` lies on the CPU, as torch has it."""
+
+    def __init__(self, lead: torch.Size, batch: int, batch_sizes: Tensor, device: torch.device) -> None:
+        super().__init__(lead, batch, batch_sizes)
+        self.sizes, self.batch_sizes, self.device = self.batch_sizes, None, device
+        ends = self.sizes.cumsum(0)
+        rows = torch.arange(batch).unsqueeze(1)
+        both = torch.cat([ends - self.sizes, (self.sizes > rows).sum(1)]).to(device, non_blocking=True)
+        self.offsets, self.lengths = both.split([self.sizes.numel(), batch])
+
+    def _positions(self) -> tuple[Tensor, Tensor]:
+        assert self.offsets is not None
+        sizes = self.sizes.to(self.device)
+        time = torch.repeat_interleave(
+            torch.arange(sizes.numel(), device=self.device), sizes, output_size=self.count
+        )
+        return time, torch.arange(self.count, device=self.device) - self.offsets[time]
+
+    def previous(self, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
+        assert self.offsets is not None and self.lengths is not None
+        if initial is None:
+            initial = y.new_zeros(self.batch, y.shape[1])
+        time, row = self._positions()
+        before = time + 1 if reverse else time - 1
+        inner = (before >= 0) & (before < self.lengths[row])
+        source = self.offsets[before.clamp(0, self.sizes.numel() - 1)] + row
+        return torch.cat([y, initial]).index_select(
+            0, torch.where(inner, source, self.count + row)
+        )
+
+
+def device_rows_of(
+    x: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None, batch: int
+) -> Rows:
+    """:func:`rows_of` on a GPU."""
+    if batch_sizes is not None:
+        return DevicePackedRows(x.shape[:-1], batch, batch_sizes, x.device)
+    return DeviceRows(x.shape[:-1], batch, lengths)
 
 
 def rows_of(x: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None, batch: int) -> Rows:
