@@ -4,6 +4,7 @@
 //
 // 16-bit types: mma m16n8k16. float and double: FMA, 4 x 8 values a lane.
 #pragma once
+#include "cuda/device/math.h"
 #include "cuda/device/matrix.h"
 #include "cuda/device/vector.h"
 
@@ -101,7 +102,8 @@ struct WarpTile {
         const V values = load_vector<V>(h + (first_column + 8 * j) * h_stride + k);
         LMKERN_UNROLL
         for (int n = 0; n < kWide; ++n) LMKERN_UNROLL
-        for (int i = 0; i < 4; ++i) acc[j][i] += weights[i].at[n] * values.at[n];
+        for (int i = 0; i < 4; ++i)
+          acc[j][i] = multiply_add(weights[i].at[n], values.at[n], acc[j][i]);
       }
     }
   }
