@@ -196,7 +196,14 @@ OFFSETS = torch.tensor([0, 0, 1, 5, 5, 46, 48])  # empty ones at both ends and i
 
 def bags_of(kind, index, samples, mode, padding_idx):
     if kind == "rows":
-        return torch.randint(0, 9, (6, 11)).to(index), None, samples((6, 11)), False, mode, padding_idx
+        return (
+            torch.randint(0, 9, (6, 11)).to(index),
+            None,
+            samples((6, 11)),
+            False,
+            mode,
+            padding_idx,
+        )
     ids = torch.randint(0, 9, (48,))
     ids[20:] = 4
     offsets = OFFSETS.to(torch.int32 if kind == "narrow" else torch.int64)
@@ -291,7 +298,10 @@ def test_a_bad_index_is_recorded_and_the_nearest_row_taken(kernels, index, bad):
     before = weight.clone()
     ops._renorm(weight, ids[1:, 1:].contiguous(), 0.1, 2.0)
     assert torch.equal(weight, before)
-    assert kernels.take_index_error() == f"embedding: index {bad} at position [0, 0] is out of range for V = 10"
+    assert (
+        kernels.take_index_error()
+        == f"embedding: index {bad} at position [0, 0] is out of range for V = 10"
+    )
     d_out = torch.ones(2, 2, 7)
     gradient = ops._backward(d_out, ids, 10, -1, False)
     assert gradient.sum(1).tolist() == [0, 7, 7, 7, 0, 0, 0, 0, 0, 0]
@@ -337,7 +347,9 @@ def test_bad_offsets_are_recorded_and_stay_in_bounds(kernels, offsets, bad, at, 
         bags = (ids, offsets, torch.randn(5), last, mode, 2)
         out, winners = bag_ops._forward(weight, *bags, True)
         message = kernels.take_index_error()
-        assert message.startswith("embedding_bag: offsets must begin with 0, not decrease and not exceed N = 5")
+        assert message.startswith(
+            "embedding_bag: offsets must begin with 0, not decrease and not exceed N = 5"
+        )
         assert message.endswith(f"got {bad} at position [{at}]")
         bag_ops._backward(out, winners, *bags, 9, True)
         bag_ops._gradient(out, winners, bags, 9, True, True, None)
