@@ -35,6 +35,7 @@ define_op(
     f"recurrent_forward({_INPUT_SCHEMA}, {_OPTIONS_SCHEMA}, bool save, bool want_cells) -> "
     f"(Tensor y, Tensor h_n, Tensor c_n, Tensor c, {_SAVED_SCHEMA})",
     cpu=forward_cpu,
+    cuda=forward_cpu,
     fake=forward_fake,
 )
 define_op(
@@ -43,6 +44,7 @@ define_op(
     + ", ".join(f"Tensor d_{name}" for name in Inputs._fields[:DIFFERENTIABLE])
     + ")",
     cpu=backward_cpu,
+    cuda=backward_cpu,
     fake=backward_fake,
 )
 register_vmap("recurrent_forward", vmap_forward)
