@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmkern import _C, reference
-from lmkern.ops import recurrent_cpu
+from lmkern.ops import recurrent_passes
 from lmkern.ops.recurrent import recurrence
 
 SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2), ("random", 3)]
@@ -29,7 +29,8 @@ def kernels(request, monkeypatch):
     if importlib.util.find_spec(f"lmkern.{request.param}") is None:
         pytest.skip("built without LMKERN_SIMT")
     module = importlib.import_module(f"lmkern.{request.param}")
-    monkeypatch.setattr(recurrent_cpu, "kernels_of", lambda tensor: module)
+    monkeypatch.setattr(recurrent_passes, "kernels_of", lambda tensor: module)
+    monkeypatch.setattr(recurrent_passes, "takes_cuda", lambda tensor: True)
     yield module
     module.recurrent_begin_at("cluster")
     module.set_schedule("fifo", 0)
