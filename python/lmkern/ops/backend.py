@@ -178,7 +178,7 @@ def raise_index_error(module: Any) -> None:
 
     Reads a flag in host memory, without waiting for the GPU.
     """
-    message = module.take_index_error() if hasattr(module, "take_index_error") else None
+    message = module.take_index_error()
     if message is not None:
         raise IndexError(message)
 
