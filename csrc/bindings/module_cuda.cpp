@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bind.h"
+#include "cuda/golden.h"
 #if defined(LMKERN_SIMT)
 #include "simt/planted.h"
 #include "simt/simt.h"
@@ -28,6 +29,8 @@ void set_schedule(const std::string& name, std::uint64_t seed) {
 PYBIND11_MODULE(LMKERN_CUDA_MODULE, m, py::mod_gil_not_used()) {
   lmkern::bind_errors();
   lmkern::bind_recurrent(m);
+  m.def("golden_names", lmkern::cuda::golden_names);
+  m.def("golden", lmkern::cuda::golden, py::call_guard<py::gil_scoped_release>());
 #if defined(LMKERN_SIMT)
   m.def("set_schedule", set_schedule);
   m.def("race_mode", lmkern::simt::race_mode);
