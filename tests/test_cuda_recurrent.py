@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmkern import _C, reference
-from lmkern.ops import recurrent_cpu
+from lmkern.ops import recurrent_passes
 from lmkern.ops.recurrent import recurrence
 
 SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2), ("random", 3)]
@@ -29,9 +29,10 @@ def kernels(request, monkeypatch):
     if importlib.util.find_spec(f"lmkern.{request.param}") is None:
         pytest.skip("built without LMKERN_SIMT")
     module = importlib.import_module(f"lmkern.{request.param}")
-    monkeypatch.setattr(recurrent_cpu, "kernels_of", lambda tensor: module)
+    monkeypatch.setattr(recurrent_passes, "kernels_of", lambda tensor: module)
+    monkeypatch.setattr(recurrent_passes, "takes_cuda", lambda tensor: True)
     yield module
-    module.recurrent_allow_persistent(True)
+    module.recurrent_begin_at("cluster")
     module.set_schedule("fifo", 0)
 
 
@@ -130,32 +131,34 @@ OPTIONS = {
 CASES = [(cell, options) for cell, all_of_it in OPTIONS.items() for options in all_of_it]
 
 
-@pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "steps"])
+@pytest.mark.parametrize("path", ["cluster", "persistent", "steps"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join((c[0], *c[1])))
-def test_options_against_float64(kernels, case, reverse, persistent):
-    kernels.recurrent_allow_persistent(persistent)
+def test_options_against_float64(kernels, case, reverse, path):
+    kernels.recurrent_begin_at(path)
     check(Problem(case[0], torch.float32, (5, 3, 4, 7), case[1], reverse), torch.float32)
 
 
-@pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "steps"])
+@pytest.mark.parametrize("path", ["cluster", "persistent", "steps"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 @pytest.mark.parametrize("size", [(3, 9, 5, 41), (1, 1, 1, 1), (2, 70, 3, 9), (4, 2, 3, 16)], ids=str)  # fmt: skip
-def test_sizes_and_dtypes(kernels, size, cell, dtype, persistent):
+def test_sizes_and_dtypes(kernels, size, cell, dtype, path):
     if kernels.race_mode() and max(size) > 50:
         pytest.skip("slow where each access is checked")
-    kernels.recurrent_allow_persistent(persistent)
+    kernels.recurrent_begin_at(path)
     check(Problem(cell, dtype, size, ("initial",)), dtype)
 
 
-@pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "steps"])
-def test_same_bits_under_every_schedule(kernels, persistent):
-    kernels.recurrent_allow_persistent(persistent)
+@pytest.mark.parametrize("path", ["cluster", "persistent", "steps"])
+def test_same_bits_under_every_schedule(kernels, path):
+    kernels.recurrent_begin_at(path)
     results = []
     for schedule in SCHEDULES:
         kernels.set_schedule(*schedule)
-        outputs, gradients = Problem("lstm", torch.bfloat16, (3, 10, 4, 20), ("initial", "lengths")).ours()
+        outputs, gradients = Problem(
+            "lstm", torch.bfloat16, (3, 10, 4, 20), ("initial", "lengths")
+        ).ours()
         results.append([*outputs, *gradients])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -183,8 +186,26 @@ def test_a_layer_beyond_one_multiprocessor_group(kernels):
 def test_workspace_is_checked(kernels):
     w_hh, gates, y = torch.zeros(8, 2), torch.zeros(6, 8), torch.zeros(6, 2)
     state = torch.zeros(3, 2)
-    options = (0, False, 3, w_hh, *(None,) * 6, 1e-5, None, None, None, 0.0, 0.0, None, None, None, None)
-    with pytest.raises(ValueError, match=r"workspace must be \[recurrent_workspace\] = \[\d+\], got \[5\]"):
+    options = (
+        0,
+        False,
+        3,
+        w_hh,
+        *(None,) * 6,
+        1e-5,
+        None,
+        None,
+        None,
+        0.0,
+        0.0,
+        None,
+        None,
+        None,
+        None,
+    )
+    with pytest.raises(
+        ValueError, match=r"workspace must be \[recurrent_workspace\] = \[\d+\], got \[5\]"
+    ):
         kernels.recurrent_forward(
             options, gates, None, None, None, y, state, state, None, None, None, None, True,
             torch.zeros(5, dtype=torch.uint8), False,
@@ -195,4 +216,3 @@ def test_workspace_is_checked(kernels):
             (*options[:18], lengths, None), gates, None, None, None, y, state, state, None, None, None,
             None, True, None, False,
         )  # fmt: skip
-

@@ -115,7 +115,23 @@ def kernel_options(cell: int, batch: int, w_hh: torch.Tensor, **views: torch.Ten
     """csrc's RecurrentOptions without options, but for the views given."""
     names = ("b_hh", "w_hr", "peephole", "norm_hh", "norm_c_weight", "norm_c_bias")
     some = [views.get(name) for name in names]
-    return (cell, False, batch, w_hh, *some, 1e-5, None, None, None, 0.0, 0.0, None, None, None, None)
+    return (
+        cell,
+        False,
+        batch,
+        w_hh,
+        *some,
+        1e-5,
+        None,
+        None,
+        None,
+        0.0,
+        0.0,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("size", [(20, 2, 16, 320), (20, 48, 16, 96)], ids=str)

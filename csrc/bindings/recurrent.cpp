@@ -68,7 +68,14 @@ void bind_recurrent(pybind11::module_& m) {
                                     workspace});
         });
 #if defined(LMKERN_CUDA_MODULE)
-  m.def("recurrent_allow_persistent", cuda::allow_persistent);
+  m.def("recurrent_begin_at", [](const std::string& path) {
+    using P = cuda::RecurrentPath;
+    if (path != "cluster" && path != "persistent" && path != "steps")
+      throw std::invalid_argument("path must be cluster, persistent or steps, got " + path);
+    cuda::begin_at(path == "cluster"      ? P::kCluster
+                   : path == "persistent" ? P::kPersistent
+                                          : P::kSteps);
+  });
   m.def("recurrent_workspace", [](const Options& options, bool backward) {
     return cuda::recurrent_workspace(recurrent_options(options), backward);
   });

@@ -8,6 +8,7 @@
 #include "core/check.h"
 #include "cuda/device/launch.h"
 #include "cuda/kernels.h"
+#include "cuda/recurrent_cluster.h"
 #include "cuda/recurrent_persistent.h"
 #include "cuda/recurrent_steps.h"
 #include "cuda/stream.h"
@@ -15,7 +16,7 @@
 namespace lmkern::cuda {
 namespace {
 
-bool persistent = true;
+RecurrentPath fastest = RecurrentPath::kCluster;
 
 bool is_empty(const RecurrentOptions& o) { return o.batch == 0 || o.w_hh.shape[0] == 0; }
 
@@ -110,7 +111,7 @@ single_step_backward(SingleStepBackward<S> p) {
 
 }  // namespace
 
-void allow_persistent(bool allowed) { persistent = allowed; }
+void begin_at(RecurrentPath path) { fastest = path; }
 
 std::int64_t recurrent_workspace(const RecurrentOptions& o, bool backward) {
   if (is_empty(o)) return 0;
@@ -133,7 +134,9 @@ void Kernels::recurrent_forward(const RecurrentForwardArgs& a) {
   if (is_empty(a.options)) return;
   dispatch_float_types(a.y.dtype, [&](auto storage) {
     using S = typename decltype(storage)::type;
-    if (!persistent || !recurrent_forward_persistent<S>(a)) recurrent_forward_steps<S>(a);
+    if (fastest <= RecurrentPath::kCluster && recurrent_forward_cluster<S>(a)) return;
+    if (fastest <= RecurrentPath::kPersistent && recurrent_forward_persistent<S>(a)) return;
+    recurrent_forward_steps<S>(a);
   });
 }
 
@@ -141,7 +144,9 @@ void Kernels::recurrent_backward(const RecurrentBackwardArgs& a) {
   if (is_empty(a.options)) return;
   dispatch_float_types(a.y.dtype, [&](auto storage) {
     using S = typename decltype(storage)::type;
-    if (!persistent || !recurrent_backward_persistent<S>(a)) recurrent_backward_steps<S>(a);
+    if (fastest <= RecurrentPath::kCluster && recurrent_backward_cluster<S>(a)) return;
+    if (fastest <= RecurrentPath::kPersistent && recurrent_backward_persistent<S>(a)) return;
+    recurrent_backward_steps<S>(a);
   });
 }
 

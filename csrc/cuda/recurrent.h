@@ -3,7 +3,10 @@
 
 namespace lmkern::cuda {
 
-// For tests and benchmarks: whether passes may take the persistent path. Of the whole process.
-void allow_persistent(bool allowed);
+// The ways of a pass, from the fastest that its sizes and options allow.
+enum class RecurrentPath { kCluster, kPersistent, kSteps };
+
+// For tests and benchmarks: passes try no faster path than this one. Of the whole process.
+void begin_at(RecurrentPath path);
 
 }  // namespace lmkern::cuda

@@ -27,7 +27,7 @@ struct SliceShape {
     return tiles() >= kProductWarps ? 1 : kProductWarps / tiles();
   }
   LMKERN_HOST_DEVICE int padded_depth() const { return round_up(depth, 16); }
-  LMKERN_HOST_DEVICE int padded_columns() const { return round_up(columns, 16); }
+  LMKERN_HOST_DEVICE int padded_columns() const { return round_up(columns, 8); }
   LMKERN_HOST_DEVICE int weight_stride() const { return padded_depth() + kPad; }
   // Rows of an operand in global memory begin at multiples of 16 bytes.
   LMKERN_HOST_DEVICE int operand_stride() const { return round_up(depth, kPad); }

@@ -47,7 +47,7 @@ CallScope::~CallScope() { noted.known.clear(); }
 
 const DeviceLimits& device_limits() {
   // Few multiprocessors, so that tests reach the paths that large grids take.
-  static const DeviceLimits limits{8, 8, 227 * 1024};
+  static const DeviceLimits limits{8, 16, 227 * 1024};
   return limits;
 }
 

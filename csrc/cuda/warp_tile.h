@@ -4,6 +4,7 @@
 //
 // 16-bit types: mma m16n8k16. float and double: FMA, 4 x 8 values a lane.
 #pragma once
+#include "cuda/device/math.h"
 #include "cuda/device/matrix.h"
 #include "cuda/device/vector.h"
 
@@ -37,7 +38,7 @@ struct WarpTile {
   }
 
   // acc += w h^T over `depth` values of k. w: [16][w_stride] or, transposed, [depth][w_stride] with
-  // the 16 rows along; h: [columns rounded up to 16][h_stride], zeros beyond the last row.
+  // the 16 rows along; h: [columns rounded up to 8][h_stride], zeros beyond the last row.
   template <bool kTransposed>
   LMKERN_DEVICE void multiply(const S* w, int w_stride, const S* h, int h_stride, int depth,
                               int columns) {
@@ -61,11 +62,18 @@ struct WarpTile {
       LMKERN_UNROLL
       for (int j = 0; j < kTileColumns / 8; j += 2) {
         if (8 * j >= columns) break;
-        std::uint32_t b[4];
-        load_matrix(b, h + (8 * j + lane / 16 * 8 + lane % 8) * h_stride + k + lane / 8 % 2 * 8);
-        const std::uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-        mma_16x8x16<S>(acc[j], a, first);
-        if (8 * (j + 1) < columns) mma_16x8x16<S>(acc[j + 1], a, second);
+        const S* const rows = h + (8 * j + lane % 8) * h_stride + k + lane / 8 % 2 * 8;
+        if (8 * (j + 1) < columns) {
+          std::uint32_t b[4];
+          load_matrix(b, rows + lane / 16 * 8 * h_stride);
+          const std::uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+          mma_16x8x16<S>(acc[j], a, first);
+          mma_16x8x16<S>(acc[j + 1], a, second);
+        } else {
+          std::uint32_t b[2];
+          load_matrix(b, rows);
+          mma_16x8x16<S>(acc[j], a, b);
+        }
       }
     }
   }
@@ -94,7 +102,8 @@ struct WarpTile {
         const V values = load_vector<V>(h + (first_column + 8 * j) * h_stride + k);
         LMKERN_UNROLL
         for (int n = 0; n < kWide; ++n) LMKERN_UNROLL
-        for (int i = 0; i < 4; ++i) acc[j][i] += weights[i].at[n] * values.at[n];
+        for (int i = 0; i < 4; ++i)
+          acc[j][i] = multiply_add(weights[i].at[n], values.at[n], acc[j][i]);
       }
     }
   }

@@ -7,7 +7,8 @@
 ``lmkern.register_transformers()``  attn_implementation="lmkern" for Hugging Face models
 ``lmkern.models``      whole language models; ``lmkern.train``, ``lmkern.data``, ``lmkern.generate``
 ``lmkern.empty_cache()``  gives back the memory that is kept for the next large tensors
-``lmkern.info()``      versions, instruction set, threads
+``lmkern.synchronize()``  waits for a GPU and raises the IndexError of a bad index there
+``lmkern.info()``      versions, instruction set, threads, GPU
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from lmkern._info import info
 from lmkern._warnings import LmkernWarning
 from lmkern.convert import ConversionReport, ConvertedLayer, convert, revert
 from lmkern.integrations import register_transformers
+from lmkern.ops.backend import synchronize
 from lmkern.ops.memory import empty_cache
 
 __all__ = [
@@ -43,4 +45,5 @@ __all__ = [
     "optim",
     "register_transformers",
     "revert",
+    "synchronize",
 ]

@@ -9,6 +9,7 @@ import torch
 
 from lmkern import _C
 from lmkern._version import __version__
+from lmkern.ops.backend import EMULATOR, cuda_kernels, cuda_problem, cuda_version
 
 
 def info() -> dict[str, Any]:
@@ -16,7 +17,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         A dict of plain values: ``lmkern``, ``torch``, ``python``, ``platform``, ``isa``,
-        ``isa_supported``, ``threads``, ``cuda``.
+        ``isa_supported``, ``threads``, ``cuda``: whether its kernels can run, or why not and what to do,
+        and the GPUs.
     """
     return {
         "lmkern": __version__,
@@ -31,7 +33,21 @@ def info() -> dict[str, Any]:
 
 
 def _cuda() -> str:
+    module = cuda_kernels()
+    parts = [cuda_problem() or "kernels ready"]
+    if module is not None:
+        parts.append(
+            f"built with CUDA {cuda_version(module.runtime_version())} for "
+            f"{', '.join(module.architectures())}"
+        )
+        parts.append(f"the driver knows CUDA {cuda_version(module.driver_version())}")
+    if EMULATOR is not None:
+        parts.append(f"emulated by {EMULATOR.__name__}")
     if not torch.cuda.is_available():
-        return "no kernels in this version; torch sees no GPU"
-    name = torch.cuda.get_device_name()
-    return f"no kernels in this version; torch sees {name}, where plain torch operations run"
+        parts.append("torch sees no GPU")
+    else:
+        parts += [
+            f"cuda:{n} {torch.cuda.get_device_name(n)}: {cuda_problem(n) or 'ready'}"
+            for n in range(torch.cuda.device_count())
+        ]
+    return "; ".join(parts)

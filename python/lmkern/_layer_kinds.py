@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lmkern import nn
-from lmkern.ops.library import KERNEL_DEVICES, KERNEL_DTYPES
+from lmkern.ops.library import KERNEL_DTYPES, missing_kernel
 
 # An attribute: "" for a plain one, or "_parameters" or "_buffers"; its name.
 Place = tuple[str, str]
@@ -29,12 +29,14 @@ class Kind:
     """How a layer of torch.nn becomes the one of the same name in lmkern.nn.
 
     Attributes:
+        kernel: the op without which a layer on its device stays as it is.
         arguments: constructor arguments that the layer does not keep under their own name.
         reads_children: whether torch's forward reads the weights of children past their forward.
         drop: torch's private attributes that only its own forward needs.
         restore: brings those back.
     """
 
+    kernel: str
     arguments: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     reads_children: bool = False
     drop: tuple[str, ...] = ()
@@ -42,7 +44,9 @@ class Kind:
 
 
 _RECURRENT = Kind(
-    drop=("_flat_weights", "_flat_weight_refs"), restore=lambda layer: layer._init_flat_weights()
+    "recurrent_forward",
+    drop=("_flat_weights", "_flat_weight_refs"),
+    restore=lambda layer: layer._init_flat_weights(),
 )
 _TRANSFORMER_LAYER: dict[str, Callable[[Any], Any]] = {
     "d_model": lambda layer: layer.self_attn.embed_dim,
@@ -59,35 +63,43 @@ KINDS: dict[str, Kind] = {
     "RNN": _RECURRENT,
     "LSTM": _RECURRENT,
     "GRU": _RECURRENT,
-    "RNNCell": Kind(),
-    "LSTMCell": Kind(),
-    "GRUCell": Kind(),
-    "Embedding": Kind(),
-    "EmbeddingBag": Kind(),
-    "Linear": Kind({"bias": lambda layer: layer.bias is not None}),
-    "CrossEntropyLoss": Kind(),
-    "AdaptiveLogSoftmaxWithLoss": Kind({"cutoffs": lambda layer: layer.cutoffs[:-1]}),
-    "LayerNorm": Kind({"bias": lambda layer: layer.bias is not None}),
-    "RMSNorm": Kind(),
-    "Dropout": Kind(),
-    "GELU": Kind(),
-    "SiLU": Kind(),
+    "RNNCell": Kind("recurrent_forward"),
+    "LSTMCell": Kind("recurrent_forward"),
+    "GRUCell": Kind("recurrent_forward"),
+    "Embedding": Kind("embedding_forward"),
+    "EmbeddingBag": Kind("embedding_bag_forward"),
+    "Linear": Kind("linear_forward", {"bias": lambda layer: layer.bias is not None}),
+    "CrossEntropyLoss": Kind("cross_entropy_forward"),
+    "AdaptiveLogSoftmaxWithLoss": Kind(
+        "linear_cross_entropy_forward", {"cutoffs": lambda layer: layer.cutoffs[:-1]}
+    ),
+    "LayerNorm": Kind("norm_forward", {"bias": lambda layer: layer.bias is not None}),
+    "RMSNorm": Kind("norm_forward"),
+    "Dropout": Kind("dropout"),
+    "GELU": Kind("activation_forward"),
+    "SiLU": Kind("activation_forward"),
     "MultiheadAttention": Kind(
+        "attention_forward",
         {
             "bias": lambda layer: layer.in_proj_bias is not None,
             "add_bias_kv": lambda layer: layer.bias_k is not None,
         },
         reads_children=True,
     ),
-    "TransformerEncoderLayer": Kind(_TRANSFORMER_LAYER, reads_children=True),
-    "TransformerDecoderLayer": Kind(_TRANSFORMER_LAYER),
-    "TransformerEncoder": Kind({"encoder_layer": lambda layer: _Placeholder()}),
-    "TransformerDecoder": Kind({"decoder_layer": lambda layer: _Placeholder()}),
+    "TransformerEncoderLayer": Kind("attention_forward", _TRANSFORMER_LAYER, reads_children=True),
+    "TransformerDecoderLayer": Kind("attention_forward", _TRANSFORMER_LAYER),
+    "TransformerEncoder": Kind(
+        "attention_forward", {"encoder_layer": lambda layer: _Placeholder()}
+    ),
+    "TransformerDecoder": Kind(
+        "attention_forward", {"decoder_layer": lambda layer: _Placeholder()}
+    ),
     "Transformer": Kind(
+        "attention_forward",
         {
             "custom_encoder": lambda layer: _Placeholder(),
             "custom_decoder": lambda layer: _Placeholder(),
-        }
+        },
     ),
 }
 
@@ -135,8 +147,9 @@ def obstacle(module: Module, base: type[Module]) -> str:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if type(tensor) not in (Parameter, torch.Tensor, torch.nn.Buffer):
             return f"{name} is a {type(tensor).__name__}"
-        if tensor.device.type not in KERNEL_DEVICES:
-            return f"no kernel for device '{tensor.device.type}'"
+        missing = missing_kernel(KINDS[base.__name__].kernel, tensor.device)
+        if missing:
+            return missing
         is_number = tensor.is_floating_point() or tensor.is_complex()
         if is_number and tensor.dtype not in KERNEL_DTYPES:
             return f"no kernel for {tensor.dtype}"

@@ -46,6 +46,12 @@ void launch(const Grid& grid, Stream, const Args&... args) {
       &arguments);
 }
 
+// Whether a grid of such clusters can run on this device at all.
+template <auto kKernel>
+bool fits(const Grid&) {
+  return true;
+}
+
 #else
 
 using Stream = cudaStream_t;
@@ -55,36 +61,58 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("lmkern: ") + what + ": " + cudaGetErrorString(error));
 }
 
+// A launch of CUDA's; its attributes live as long as this object.
+class LaunchConfig {
+ public:
+  template <class Kernel>
+  LaunchConfig(Kernel kernel, const Grid& grid, Stream stream) {
+    const auto address = reinterpret_cast<const void*>(kernel);
+    if (grid.shared_bytes > 48 * 1024)
+      check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(grid.shared_bytes)),
+            "shared memory");
+    if (grid.cluster > 8)
+      check(cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+            "cluster size");
+    if (grid.cluster > 1) {
+      attributes_[config_.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes_[config_.numAttrs++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    }
+    if (grid.resident) {
+      attributes_[config_.numAttrs].id = cudaLaunchAttributeCooperative;
+      attributes_[config_.numAttrs++].val.cooperative = 1;
+    }
+    config_.gridDim = {grid.x, grid.y, grid.z};
+    config_.blockDim = {static_cast<unsigned>(grid.threads), 1, 1};
+    config_.dynamicSmemBytes = grid.shared_bytes;
+    config_.stream = stream;
+    config_.attrs = attributes_;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+  const cudaLaunchConfig_t& get() const { return config_; }
+
+ private:
+  cudaLaunchAttribute attributes_[2];
+  cudaLaunchConfig_t config_{};
+};
+
+template <auto kKernel>
+bool fits(const Grid& grid) {
+  const LaunchConfig config(kKernel, grid, nullptr);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config.get()) != cudaSuccess) {
+    cudaGetLastError();  // not an error of the caller's
+    return false;
+  }
+  return clusters > 0;
+}
+
 template <auto kKernel, class... Args>
 void launch(const Grid& grid, Stream stream, const Args&... args) {
-  const auto kernel = reinterpret_cast<const void*>(kKernel);
-  if (grid.shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(grid.shared_bytes)),
-          "shared memory");
-  cudaLaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (grid.cluster > 1) {
-    if (grid.cluster > 8)
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-            "cluster size");
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-    ++count;
-  }
-  if (grid.resident) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count].val.cooperative = 1;
-    ++count;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = {grid.x, grid.y, grid.z};
-  config.blockDim = {static_cast<unsigned>(grid.threads), 1, 1};
-  config.dynamicSmemBytes = grid.shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  check(cudaLaunchKernelEx(&config, kKernel, args...), "launch");
+  const LaunchConfig config(kKernel, grid, stream);
+  check(cudaLaunchKernelEx(&config.get(), kKernel, args...), "launch");
 }
 
 #endif

@@ -42,11 +42,11 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         raise ValueError(f"dropout: p must be in [0, 1], got {p}")
     if not training or p == 0.0:
         return input
-    if not use_kernel("dropout", input):
+    if not use_kernel("dropout", input, kernel="dropout"):
         return F.dropout(input, p, True, inplace)
     if inplace and torch.compiler.is_compiling():  # Dynamo knows no autograd Function that writes
         return input.copy_(dropout(input, p))
-    seed = torch.randint(1 << 62, (), dtype=torch.int64)
+    seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
     if needs_grad(input):
         return DropoutFunction.apply(input, seed, p, inplace)
     if inplace:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmkern import reference
 from lmkern.ops.check import check_tensor
-from lmkern.ops.library import autocast, use_kernel, without_autocast
+from lmkern.ops.library import autocast, is_autocast_on, use_kernel, without_autocast
 from lmkern.ops.recurrent import recurrence
 
 # How messages call the shapes of w_ih, w_hh, w_hh with a projection, and a vector of all gates.
@@ -66,7 +66,7 @@ def run_layer(
     if not isinstance(w_hh, Tensor):
         raise TypeError(f"{op}: w_hh must be a Tensor, got {type(w_hh).__name__}")
     device = input.device
-    casting = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    casting = is_autocast_on(device.type)
     if casting:
         (input, w_ih, w_hh, b_ih, b_hh, h0, c0, norm_ih, norm_hh, h_mask, w_hr, peephole,
          norm_cell_weight, norm_cell_bias) = autocast(
@@ -109,7 +109,7 @@ def run_layer(
     if c0 is not None:
         check_tensor(op, "c0", c0, (batch, hidden), "[B, H]", dtype, device)
     # A hidden size of 0 is allowed in torch's cells.
-    kernel = use_kernel(op, input, transforms=True) and hidden > 0
+    kernel = use_kernel(op, input, kernel="recurrent_forward", transforms=True) and hidden > 0
     run = recurrence if kernel else reference.recurrence
 
     if (
@@ -151,7 +151,7 @@ def run_layer(
         if lengths is not None:  # nothing that stands in the padding may reach a gradient
             padded = torch.arange(rows[0], device=device).unsqueeze(1) >= lengths
             input = input.masked_fill(padded.unsqueeze(2), 0.0)
-        with without_autocast():
+        with without_autocast(device.type):
             input = F.layer_norm(F.linear(input, w_ih), (wide,), norm_ih, b_ih, eps)
         weight = b_ih = None
     return run(

@@ -69,7 +69,8 @@ def quantized_embedding(
         raise ValueError(f"{_OP}: offsets and per_sample_weights need a mode")
     if needs_grad(per_sample_weights):
         raise ValueError(f"{_OP}: per_sample_weights must not require a gradient, there is none")
-    kernel = use_kernel(_OP, weight, dtype=dtype)
+    name = _OP if mode is None else "quantized_embedding_bag"
+    kernel = use_kernel(_OP, weight, kernel=name, dtype=dtype)
     if mode is None:
         if kernel:
             return torch.ops.lmkern.quantized_embedding(weight, embedding_dim, bits, input, dtype)

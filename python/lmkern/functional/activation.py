@@ -9,7 +9,7 @@ from torch import Tensor
 from lmkern import reference
 from lmkern.ops.activation import ActivationFunction
 from lmkern.ops.check import check_shape, check_tensors
-from lmkern.ops.library import needs_grad, use_kernel
+from lmkern.ops.library import is_autocast_on, needs_grad, use_kernel
 
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -133,9 +133,9 @@ def _run(
             up = up.view_as(up)
     elif gated and (input.dim() == 0 or input.shape[-1] % 2):
         raise ValueError(f"{op}: input must be [..., 2D], two halves, got {list(input.shape)}")
-    if bias is not None and bias.dtype != input.dtype and torch.is_autocast_enabled("cpu"):
+    if bias is not None and bias.dtype != input.dtype and is_autocast_on(input.device.type):
         bias = bias.to(input.dtype)
-    if not use_kernel(op, input):
+    if not use_kernel(op, input, kernel="activation_forward"):
         return reference.activation(input, up, bias, function, gated, gate_first)
     if needs_grad(input, up, bias):
         return ActivationFunction.apply(input, up, bias, function, gated, gate_first)

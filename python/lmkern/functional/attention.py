@@ -170,7 +170,7 @@ def scaled_dot_product_attention(
     cu_q, cu_k = (None, None) if cu is None else (cu[0], None if cu[1] is cu[0] else cu[1])
     seed = None
     if dropout_p > 0.0:  # of torch's generator, so that torch.manual_seed rules
-        seed = torch.randint(1 << 62, (), dtype=torch.int64)
+        seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
     problem = Problem(
         q, k, v, mask, slopes, sinks, lengths, cu_q, cu_k, seed, factor, softcap or 0.0, left, right,
         bottom_right, dropout_p,
@@ -181,7 +181,9 @@ def scaled_dot_product_attention(
     traced_weights = return_weights is not None and training and torch.compiler.is_compiling()
     # Under vmap dropout draws for each element or once: torch's operator knows.
     transforms = return_weights is None and seed is None
-    if traced_weights or not use_kernel(OP, query, transforms=transforms):
+    if traced_weights or not use_kernel(
+        OP, query, kernel="attention_forward", transforms=transforms
+    ):
         results = reference.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, scale=factor, enable_gqa=e.heads != e.key_heads,
             window=(left, right), softcap=softcap, alibi_slopes=slopes, sinks=sinks,

@@ -22,6 +22,7 @@ from lmkern.ops.cross_entropy import (
 from lmkern.ops.library import (
     accumulate_dtype,
     autocast,
+    is_autocast_on,
     needs_grad,
     use_kernel,
     without_autocast,
@@ -86,7 +87,7 @@ def cross_entropy(
         raise ValueError(
             f"{op}: input must be floating [C] or [N, C, ...], got {input.dtype} {list(input.shape)}"
         )
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+    if is_autocast_on(input.device.type) and input.dtype != torch.float64:
         input = input.float()
     logits = input.unsqueeze(0) if input.dim() == 1 else input
     shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
@@ -114,7 +115,7 @@ def _of_logits(
     return_accuracy: bool,
 ) -> LossOrMore:
     """The loss of logits [N, C, P]."""
-    use_plain = use_plain or not use_kernel(op, logits)
+    use_plain = use_plain or not use_kernel(op, logits, kernel="cross_entropy_forward")
     simple = goal.labels is not None and goal.weight is None and not goal.smooth and not z_loss
     if simple and needs_grad(logits) and not (use_plain or return_lse or return_accuracy):
         _check_reduction(op, reduction)
@@ -216,7 +217,7 @@ def linear_cross_entropy(
     )  # fmt: skip
     dtypes = {t.dtype for t in (x, linear_weight, linear_bias) if t is not None}
     few = len(x) * classes <= _FEW_LOGITS and len(dtypes) == 1
-    with without_autocast():
+    with without_autocast(input.device.type):
         # Narrow dtypes are not rounded to logits.
         if few and goal.labels is not None and x.dtype in (torch.float32, torch.float64):
             loss = _of_logits(

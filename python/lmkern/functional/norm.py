@@ -42,7 +42,7 @@ def layer_norm(
     """
     op = "layer_norm"
     shape = check_norm(op, input, normalized_shape, weight, bias)
-    if not use_kernel(op, input):
+    if not use_kernel(op, input, kernel="norm_forward"):
         return reference.norm(input, shape, weight, bias, eps, False)
     return _norm(input, weight, bias, len(shape), eps, False)
 
@@ -78,7 +78,7 @@ def rms_norm(
     op = "rms_norm"
     shape = check_norm(op, input, normalized_shape, weight, None)
     mixed = weight is not None and weight.dtype not in (input.dtype, accumulate_dtype(input.dtype))
-    if mixed or not use_kernel(op, input):
+    if mixed or not use_kernel(op, input, kernel="norm_forward"):
         return reference.norm(input, shape, weight, None, eps, True)
     return _norm(input, weight, None, len(shape), default_eps(eps, input, True), True)
 
@@ -202,7 +202,7 @@ def check_dropout(op: str, p: float) -> float:
 
 def dropout_seed(p: float) -> Tensor | None:
     """One number of torch's default generator, so that torch.manual_seed rules."""
-    return torch.randint(1 << 62, (), dtype=torch.int64) if p > 0.0 else None
+    return torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if p > 0.0 else None
 
 
 def default_eps(eps: float | None, input: Tensor, rms: bool) -> float:

@@ -57,7 +57,7 @@ def rotary_embedding(
         or table_cos is None
         or (key is not None and (k is None or k.shape[0] != q.shape[0] or key.dtype != query.dtype))
         or needs_grad(cos, sin)
-        or not use_kernel(OP, query)
+        or not use_kernel(OP, query, kernel="rotary_embedding")
     ):
         rotated = _rotate(query, cos, sin, interleaved)
         return rotated, None if key is None else _rotate(key, cos, sin, interleaved)

@@ -87,7 +87,8 @@ def token_position_embedding(
         padding_idx,
     )
     p = check_dropout(_OP, dropout_p) if training else 0.0
-    if not use_kernel(_OP, token) or (sparse and torch.compiler.is_compiling()):
+    kernel = use_kernel(_OP, token, kernel="token_position_forward")
+    if not kernel or (sparse and torch.compiler.is_compiling()):
         return reference.token_position_embedding(
             input, token, position, segment, weight, bias, eps, positions=positions, offset=offset,
             segments=segments, scale=scale, norm=norm, padding_idx=padding, dropout_p=p,

@@ -15,6 +15,7 @@ from lmkern.functional import linear, scaled_dot_product_attention
 from lmkern.functional._attention import check_window
 from lmkern.nn.linear import Linear
 from lmkern.nn.position import RotaryPosition, alibi_slopes
+from lmkern.ops.library import is_autocast_on
 
 Window = tuple[int | None, int | None]
 
@@ -255,9 +256,7 @@ class MultiheadAttention(Module):
                     f"got {list(x.shape)}"
                 )
         weight = self.out_proj.weight
-        if query.dtype != weight.dtype and not (
-            query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
-        ):
+        if query.dtype != weight.dtype and not (is_autocast_on(query.device.type)):
             raise TypeError(
                 f"{name}: query must be {weight.dtype} like the parameters, got {query.dtype}"
             )

@@ -15,6 +15,7 @@ from torch.nn import Module, Parameter, init
 from torch.nn.utils.rnn import PackedSequence
 
 from lmkern.nn.stream import Streaming
+from lmkern.ops.library import is_autocast_on
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1, "RNN_SIGMOID": 1}
 
@@ -326,9 +327,7 @@ class RNNBase(Streaming, Module):
             weights: list[Any] = [parameters[name] for name in names]
         except KeyError:  # a parametrized weight is a property
             weights = [getattr(self, name) for name in names]
-        if weights[0].dtype != x.dtype and not (
-            x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-        ):
+        if weights[0].dtype != x.dtype and not (is_autocast_on(x.device.type)):
             raise ValueError(
                 f"{type(self).__name__}: input must be {weights[0].dtype} like the parameters, "
                 f"got {x.dtype}"

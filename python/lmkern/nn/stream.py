@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lmkern import _C
+from lmkern.ops.backend import takes_cuda
 from lmkern.ops.library import KERNEL_DTYPES
-from lmkern.ops.recurrent_cpu import CELLS, GATES, reads_weights_directly
+from lmkern.ops.recurrent_passes import CELLS, GATES, reads_weights_directly
 
 if TYPE_CHECKING:
     from lmkern.nn.recurrent_base import RNNBase
@@ -130,7 +131,8 @@ class StreamState:
         return (
             plain
             and reads_weights_directly(self.batch_size, self._like.dtype)
-            and self._like.device.type == "cpu"
+            and self._like.is_cpu
+            and not takes_cuda(self._like)
             and self._like.dtype in KERNEL_DTYPES
             and not any(module._zoneouts())
         )

@@ -169,9 +169,11 @@ class TokenPositionEmbedding(Module):
             if offset < 0:
                 raise ValueError(f"{type(self).__name__}: offset must be at least 0, got {offset}")
             return self._table(offset, input.shape[-1] if input.dim() else 1, *place)[0], None, 0
-        if torch.compiler.is_compiling():  # how long the table must be, a graph does not know
+        # How long the table must be, a graph does not know, and a GPU would have to be waited for.
+        if torch.compiler.is_compiling() or positions.is_cuda:
             rows = self._sinusoids(positions.flatten().double())[0].to(place[1])
-            return rows, torch.arange(rows.shape[0]).view(positions.shape), offset
+            places = torch.arange(rows.shape[0], device=positions.device)
+            return rows, places.view(positions.shape), offset
         most = int(positions.max()) + 1 if positions.numel() else 0
         return self._table(0, max(most, 0), *place)[0], positions, offset
 

@@ -1,6 +1,6 @@
 """Optimizer steps on the rows of a table. Math and layouts: csrc/ops/embedding_optimizer.h.
 
-Straight calls of ``_C`` rather than ops of torch.library: a step runs outside of autograd, and
+Straight calls of the kernels rather than ops of torch.library: a step runs outside of autograd, and
 torch.compile cannot trace the sparse gradients that it lives on. All that a schema with mutable
 arguments would do for us is to count the weight's version up, which is one line here.
 """
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmkern import _C, reference
+from lmkern import reference
+from lmkern.ops.backend import kernels_of
 from lmkern.ops.library import accumulate_dtype, use_kernel
 from lmkern.ops.memory import fresh
 
@@ -62,8 +63,8 @@ def _run(rule: str, table: Table, *state: Any) -> None:
         if weight.stride(1) != 1:
             weight = weight.contiguous()
     arguments = (weight, *table[2:], *state)
-    if use_kernel("optim", weight):
-        getattr(_C, rule)(*arguments)
+    if use_kernel("optim", weight, kernel=rule):
+        getattr(kernels_of(weight), rule)(*arguments)
         torch._C._increment_version((parameter,))  # of torch.autograd.graph.increment_version
     else:
         getattr(reference, rule)(*arguments)

@@ -17,6 +17,9 @@ touch are seen only if they hit one of 64 rows that are looked at, as a write to
 
 New memory comes zeroed from the system, page by page as it is touched: rows that no step touches cost
 nothing at all.
+
+All of this is the CPU's. A GPU clears memory at its full bandwidth, and torch keeps it there: each
+gradient is in zeros of its own.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lmkern import _C
+from lmkern.ops.backend import takes_cuda
 
 _LEAST_BYTES = 1 << 18  # below, zeroing takes less time than asking
 _SAMPLES = 64
@@ -99,8 +103,8 @@ _buffers_lock = threading.Lock()
 
 
 def buffer_of(weight: Tensor, reuse: bool) -> GradientBuffer | None:
-    """The buffer of a leaf large enough to have one; without ``reuse``, none, and it is given back."""
-    if weight.nbytes < _LEAST_BYTES or not weight.is_leaf:
+    """The buffer of a large leaf on the CPU; without ``reuse``, none, and it is given back."""
+    if weight.nbytes < _LEAST_BYTES or not weight.is_leaf or takes_cuda(weight):
         return None
     with _buffers_lock:
         if not reuse:
@@ -122,15 +126,15 @@ def fill_gradient(
     """:meth:`GradientBuffer.fill`, or the same in fresh memory."""
     if buffer is not None:
         return buffer.fill(shape, dtype, ids, write)
-    gradient = lazily_zeroed(shape, dtype)
+    gradient = lazily_zeroed(shape, dtype, ids.device)
     write(gradient, None)
     return gradient
 
 
-def lazily_zeroed(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages are not there before they are touched."""
+def lazily_zeroed(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Zeros whose pages, on the CPU, are not there before they are touched."""
     size = math.prod(shape) * dtype.itemsize
-    if size < _LEAST_BYTES:
-        return torch.zeros(shape, dtype=dtype)
+    if size < _LEAST_BYTES or torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,23 +13,63 @@ from torch.autograd import forward_ad
 
 from lmkern import _C
 from lmkern._warnings import warn_once
+from lmkern.ops.backend import (
+    EMULATOR,
+    RUNS_AT_ONCE,
+    cuda_problem,
+    kernels_of,
+    raise_index_error,
+)
 from lmkern.ops.memory import fresh
 
 _LIBRARY = torch.library.Library("lmkern", "DEF")
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-KERNEL_DEVICES = ("cpu", "meta")
+_KERNEL_DEVICES = ("cpu", "meta", "cuda")
+_ON_CUDA: set[str] = set()  # ops, and kernels that are called straight, that CUDA has, too
 
 
-def define_op(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Declare ``lmkern::schema`` with its CPU implementation and its shapes-only one.
+def define_op(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+) -> None:
+    """Declare ``lmkern::schema`` with its implementations, CPU and CUDA, and its shapes-only one.
+
+    Where both do the same, ``cuda`` is ``cpu``, and takes its kernels from
+    :func:`~lmkern.ops.backend.kernels_of`. Without ``cuda``, the callers take the reference on a GPU
+    (:func:`use_kernel`).
 
     ``Library.define``/``impl`` rather than ``torch.library.custom_op``: 4 against 15-37 us a call.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None:
+        declare_cuda(name)
+        if RUNS_AT_ONCE:
+            cuda = _raising(cuda)
+        _LIBRARY.impl(name, cuda, "CUDA")
+    _LIBRARY.impl(name, cpu if EMULATOR is None or cuda is None else cuda, "CPU")
     torch.library.register_fake(f"lmkern::{name}", fake, lib=_LIBRARY)
+
+
+def declare_cuda(*names: str) -> None:
+    """Tell :func:`use_kernel` of kernels that CUDA has and that are called past the dispatcher."""
+    _ON_CUDA.update(names)
+
+
+def _raising(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Raises a bad index in the call itself, where that has run to its end."""
+
+    @functools.wraps(implementation)
+    def run(*args: Any) -> Any:
+        result = implementation(*args)
+        raise_index_error(kernels_of(next(a for a in args if isinstance(a, Tensor))))
+        return result
+
+    return run
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,21 +90,41 @@ def _forward_mode() -> bool:
     return any(i.key() == jvp for i in torch._C._functorch.get_interpreter_stack() or ())
 
 
+def missing_kernel(kernel: str, device: torch.device) -> str:
+    """Why ``kernel``, the name of an op, does not run on ``device``; "" if it does."""
+    if device.type not in _KERNEL_DEVICES:
+        return f"no kernel for device '{device.type}' yet"
+    if device.type != "cuda":
+        return ""
+    problem = cuda_problem(device.index)
+    if not problem and kernel not in _ON_CUDA:
+        problem = "no kernel for device 'cuda' yet"
+    return problem
+
+
 def use_kernel(
-    op: str, tensor: Tensor, *, transforms: bool = False, dtype: torch.dtype | None = None
+    op: str,
+    tensor: Tensor,
+    *,
+    kernel: str | None = None,
+    transforms: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> bool:
     """Whether ``op`` runs on its kernel; otherwise the caller takes :mod:`lmkern.reference`.
 
     The reference is made of plain torch operations, so it serves what a kernel cannot: other devices
     and dtypes (with one warning), forward-mode differentiation, and, unless the op has rules for them
-    (``transforms``), the transforms of torch.func. ``dtype``: that it computes in, if not the tensor's.
+    (``transforms``), the transforms of torch.func. ``kernel``: lmkern's op behind ``op``, if that is not
+    ``{op}_forward``. ``dtype``: that it computes in, if not the tensor's.
     """
     dtype = dtype or tensor.dtype
-    if tensor.device.type not in KERNEL_DEVICES:
-        warn_once(
-            f"{op}: no kernel for device '{tensor.device.type}' yet, running plain torch operations"
-        )
-        return False
+    if not tensor.is_cpu:
+        missing = missing_kernel(kernel or f"{op}_forward", tensor.device)
+        if missing:
+            # What holds for a whole GPU is said once, not once for each op.
+            where = op if missing.startswith("no kernel") else "lmkern"
+            warn_once(f"{where}: {missing}, running plain torch operations")
+            return False
     if dtype not in KERNEL_DTYPES:
         warn_once(f"{op}: no kernel for {dtype} yet, running plain torch operations")
         return False
@@ -84,7 +145,7 @@ def is_plain_eager() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
         or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
+        or torch._C._is_any_autocast_enabled()
         or torch.get_num_threads() < 1  # asked for its effect, see use_kernel
     )
 
@@ -104,9 +165,14 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def is_autocast_on(device_type: str) -> bool:
+    """Whether autocast is on for tensors of this device; never for meta, which torch refuses to ask."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors, cast to the autocast dtype where autocast is on (float64 is left alone)."""
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if not is_autocast_on(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
@@ -116,15 +182,15 @@ def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 class plain_products:
-    """For products inside op implementations: below autograd, and without autocast, whose dtypes were
-    settled outside."""
+    """For products inside op implementations: below autograd, and without autocast of any device, whose
+    dtypes were settled outside."""
 
     def __enter__(self) -> None:
         self._guard = torch._C._AutoDispatchBelowAutograd()
         self._guard.__enter__()
         self._autocast = None
-        if torch.is_autocast_enabled("cpu"):
-            self._autocast = torch.autocast("cpu", enabled=False)
+        if torch._C._is_any_autocast_enabled():
+            self._autocast = torch._C._DisableAutocast()
             self._autocast.__enter__()
 
     def __exit__(self, *exception: Any) -> None:
@@ -133,10 +199,10 @@ class plain_products:
         self._guard.__exit__(*exception)
 
 
-def without_autocast() -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """For differentiable operations whose dtypes were settled before."""
-    if torch.is_autocast_enabled("cpu"):
-        return torch.autocast("cpu", enabled=False)
+    if is_autocast_on(device_type):
+        return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
@@ -167,7 +233,7 @@ def matmul(
 ) -> Tensor:
     """``op(a) @ op(b) + bias``, added to ``out`` if ``accumulate``; ``op`` transposes on request.
 
-    On AMX by lmkern's float32 kernel (csrc/ops/matmul.h), elsewhere and for small products by torch.
+    On a CPU with AMX by lmkern's float32 kernel (csrc/ops/matmul.h), else and if small by torch.
     ``a [M, K]``, ``b [K, N]``, ``bias [N]``, ``out [M, N]``. For op implementations: no gradient.
     """
     x, y = a.t() if transpose_a else a, b.t() if transpose_b else b
@@ -175,7 +241,8 @@ def matmul(
     if out is None:
         out = fresh(a, rows, columns)
     if (
-        a.dtype == torch.float32
+        a.is_cpu
+        and a.dtype == torch.float32
         and rows >= _LEAST_ROWS
         and columns >= _LEAST_COLUMNS
         and rows * columns * depth >= _LEAST_PRODUCTS

@@ -121,10 +121,12 @@ class PackedRows(Rows):
 
     def each_step(self, x: Tensor | None) -> Tensor:
         assert x is not None
-        return x.index_select(0, self._positions()[1])
+        return x.index_select(0, self._positions()[1].to(x.device))
 
     def sum_steps(self, x: Tensor) -> Tensor:
-        return x.new_zeros(self.batch, x.shape[1]).index_add_(0, self._positions()[1], x)
+        return x.new_zeros(self.batch, x.shape[1]).index_add_(
+            0, self._positions()[1].to(x.device), x
+        )
 
     def previous(self, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
         assert self.batch_sizes is not None
@@ -138,7 +140,7 @@ class PackedRows(Rows):
             source = torch.where(row < following[time], here + sizes[time], self.count + row)
         else:
             source = torch.where(time > 0, here - sizes[(time - 1).clamp(min=0)], self.count + row)
-        return torch.cat([y, initial]).index_select(0, source)
+        return torch.cat([y, initial]).index_select(0, source.to(y.device))
 
 
 class SortedRows(PackedRows):
@@ -147,10 +149,11 @@ class SortedRows(PackedRows):
     def __init__(self, lead: torch.Size, batch: int, lengths: Tensor) -> None:
         steps = lead[0]
         self.order = lengths.argsort(descending=True, stable=True)
-        taking_part = torch.arange(steps).unsqueeze(1) < lengths[self.order]
-        place = torch.arange(steps).unsqueeze(1) * batch + self.order
+        time = torch.arange(steps, device=lengths.device).unsqueeze(1)
+        taking_part = time < lengths[self.order]
+        place = time * batch + self.order
         self.index = place[taking_part]
-        super().__init__(lead, batch, taking_part.sum(1))
+        super().__init__(lead, batch, taking_part.sum(1).cpu())
         self.count = self.index.numel()
 
     @overload
@@ -202,12 +205,16 @@ class DeviceRows(Rows):
 class DevicePackedRows(PackedRows):
     """[N, ...] as in a PackedSequence, on a GPU. ``batch_sizes`` lies on the CPU, as torch has it."""
 
-    def __init__(self, lead: torch.Size, batch: int, batch_sizes: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, lead: torch.Size, batch: int, batch_sizes: Tensor, device: torch.device
+    ) -> None:
         super().__init__(lead, batch, batch_sizes)
         self.sizes, self.batch_sizes, self.device = self.batch_sizes, None, device
         ends = self.sizes.cumsum(0)
         rows = torch.arange(batch).unsqueeze(1)
-        both = torch.cat([ends - self.sizes, (self.sizes > rows).sum(1)]).to(device, non_blocking=True)
+        both = torch.cat([ends - self.sizes, (self.sizes > rows).sum(1)]).to(
+            device, non_blocking=True
+        )
         self.offsets, self.lengths = both.split([self.sizes.numel(), batch])
 
     def _positions(self) -> tuple[Tensor, Tensor]:
@@ -226,9 +233,7 @@ class DevicePackedRows(PackedRows):
         before = time + 1 if reverse else time - 1
         inner = (before >= 0) & (before < self.lengths[row])
         source = self.offsets[before.clamp(0, self.sizes.numel() - 1)] + row
-        return torch.cat([y, initial]).index_select(
-            0, torch.where(inner, source, self.count + row)
-        )
+        return torch.cat([y, initial]).index_select(0, torch.where(inner, source, self.count + row))
 
 
 def device_rows_of(
