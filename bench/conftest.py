@@ -39,6 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error::lmkern.LmkernWarning")
+
+
 def cpu_name() -> str:
     with open("/proc/cpuinfo") as lines:
         for line in lines:

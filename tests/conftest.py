@@ -1,19 +1,90 @@
-"""Fixtures that all tests share."""
+"""Fixtures that all tests share, and where they run: ``pytest --device cpu|cuda|simt|simt-race``."""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
-import lmkern
-from lmkern import _C
+# lmkern is imported in pytest_configure and later: the device must be known before.
 
 # The same examples on every run: a change is judged by itself, not by luck.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
+
+_EMULATOR = {"simt": "1", "simt-race": "race"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda", "simt", "simt-race", "meta"],
+        help="where the tests run: cuda: the same tests on a GPU; simt, simt-race: CUDA kernels by the "
+        "emulator; meta: for the tests of this option",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if device in _EMULATOR:
+        os.environ["LMKERN_SIMT"] = _EMULATOR[device]
+    from lmkern.ops.backend import EMULATOR, cuda_problem
+
+    if device in _EMULATOR and EMULATOR is None:
+        raise pytest.UsageError(f"--device {device}: lmkern was imported before")
+    # Not in pyproject.toml: pytest would import lmkern to find the category.
+    config.addinivalue_line("filterwarnings", "error::lmkern.LmkernWarning")
+    if device == "cuda":
+        if not torch.cuda.is_available() or cuda_problem(0):
+            raise pytest.UsageError(f"--device cuda: {cuda_problem(0) or 'torch sees no GPU'}")
+        config.addinivalue_line(
+            "filterwarnings", "ignore:.*no kernel for device 'cuda' yet:lmkern.LmkernWarning"
+        )
+    if device in ("cuda", "meta"):
+        import lmkern.models  # whose layers are to be moved
+        from on_device import install
+
+        install(device)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    mark = item.get_closest_marker("cpu_only")
+    if mark is not None and item.config.getoption("--device") != "cpu":
+        pytest.skip(mark.args[0] if mark.args else "only for the CPU")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        from lmkern import _C
+
+        device = metafunc.config.getoption("--device")
+        metafunc.parametrize(
+            "isa", _C.supported_isas() if device == "cpu" else [device], indirect=True
+        )
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine can run, one after the other; elsewhere once."""
+    from lmkern import _C
+
+    before = _C.isa()
+    if request.param in _C.supported_isas():
+        _C.set_isa(request.param)
+    yield _C.isa()
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """The type of the device that tensors of the tests are on."""
+    name: str = request.config.getoption("--device")
+    return "cpu" if name in _EMULATOR else name
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +92,14 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=_C.supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this machine can run, one after the other."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
+@pytest.fixture(autouse=True)
+def _synchronized(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A bad index on a GPU belongs to the test that had it."""
+    yield
+    if request.config.getoption("--device") == "cuda":
+        import lmkern
+
+        lmkern.synchronize()
 
 
 @pytest.fixture
@@ -41,7 +113,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def fallback_allowed() -> Iterator[None]:
     """For tests of a reference path: its warning is not an error there."""
-    import warnings
+    import lmkern
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lmkern.LmkernWarning)

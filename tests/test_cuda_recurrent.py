@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmkern import _C, reference
-from lmkern.ops import recurrent_cpu
+from lmkern.ops import recurrent_passes
 from lmkern.ops.recurrent import recurrence
 
 SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2), ("random", 3)]
@@ -29,7 +29,8 @@ def kernels(request, monkeypatch):
     if importlib.util.find_spec(f"lmkern.{request.param}") is None:
         pytest.skip("built without LMKERN_SIMT")
     module = importlib.import_module(f"lmkern.{request.param}")
-    monkeypatch.setattr(recurrent_cpu, "kernels_of", lambda tensor: module)
+    monkeypatch.setattr(recurrent_passes, "kernels_of", lambda tensor: module)
+    monkeypatch.setattr(recurrent_passes, "takes_cuda", lambda tensor: True)
     yield module
     module.recurrent_begin_at("cluster")
     module.set_schedule("fifo", 0)
@@ -155,7 +156,9 @@ def test_same_bits_under_every_schedule(kernels, path):
     results = []
     for schedule in SCHEDULES:
         kernels.set_schedule(*schedule)
-        outputs, gradients = Problem("lstm", torch.bfloat16, (3, 10, 4, 20), ("initial", "lengths")).ours()
+        outputs, gradients = Problem(
+            "lstm", torch.bfloat16, (3, 10, 4, 20), ("initial", "lengths")
+        ).ours()
         results.append([*outputs, *gradients])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -183,8 +186,26 @@ def test_a_layer_beyond_one_multiprocessor_group(kernels):
 def test_workspace_is_checked(kernels):
     w_hh, gates, y = torch.zeros(8, 2), torch.zeros(6, 8), torch.zeros(6, 2)
     state = torch.zeros(3, 2)
-    options = (0, False, 3, w_hh, *(None,) * 6, 1e-5, None, None, None, 0.0, 0.0, None, None, None, None)
-    with pytest.raises(ValueError, match=r"workspace must be \[recurrent_workspace\] = \[\d+\], got \[5\]"):
+    options = (
+        0,
+        False,
+        3,
+        w_hh,
+        *(None,) * 6,
+        1e-5,
+        None,
+        None,
+        None,
+        0.0,
+        0.0,
+        None,
+        None,
+        None,
+        None,
+    )
+    with pytest.raises(
+        ValueError, match=r"workspace must be \[recurrent_workspace\] = \[\d+\], got \[5\]"
+    ):
         kernels.recurrent_forward(
             options, gates, None, None, None, y, state, state, None, None, None, None, True,
             torch.zeros(5, dtype=torch.uint8), False,
@@ -195,4 +216,3 @@ def test_workspace_is_checked(kernels):
             (*options[:18], lengths, None), gates, None, None, None, y, state, state, None, None, None,
             None, True, None, False,
         )  # fmt: skip
-

@@ -1,6 +1,9 @@
 #include "ops/embedding.h"
 
 #include "bindings/bind.h"
+#if defined(LMKERN_CUDA_MODULE)
+#include "cuda/kernels.h"
+#endif
 
 namespace lmkern {
 void bind_embedding(pybind11::module_& m) {
@@ -12,6 +15,19 @@ void bind_embedding(pybind11::module_& m) {
         [](TensorView weight, TensorView ids, double max_norm, double norm_type) {
           call(embedding_renorm, {weight, ids, max_norm, norm_type});
         });
+#if defined(LMKERN_CUDA_MODULE)
+  m.def("embedding_keys", [](TensorView indices, std::int64_t num_embeddings,
+                             std::int64_t padding_idx, TensorView covered, TensorView keys) {
+    call(embedding_keys, {indices, num_embeddings, padding_idx, covered, keys});
+  });
+  m.def("embedding_sorted_backward",
+        [](TensorView d_out, TensorView rows, TensorView order, TensorView d_weight,
+           TensorView workspace, bool scale_grad_by_freq, double scale) {
+          call(embedding_sorted_backward,
+               {d_out, rows, order, d_weight, workspace, scale_grad_by_freq, scale});
+        });
+  m.def("embedding_sorted_workspace", cuda::embedding_sorted_workspace);
+#else
   m.def("embedding_buckets", [](TensorView indices, std::int64_t num_embeddings,
                                 std::int64_t padding_idx, TensorView ids, TensorView starts,
                                 TensorView order) {
@@ -28,6 +44,7 @@ void bind_embedding(pybind11::module_& m) {
   m.def("embedding_is_clear", [](TensorView d_weight, TensorView written, std::int64_t samples) {
     return call(embedding_is_clear, {d_weight, written, samples});
   });
+#endif
 }
 
 }  // namespace lmkern

@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "bindings/bind.h"
+#include "cuda/index_errors.h"
 #if defined(LMKERN_SIMT)
 #include "simt/planted.h"
 #include "simt/simt.h"
@@ -61,7 +62,11 @@ std::vector<std::string> architectures() {
 
 PYBIND11_MODULE(LMKERN_CUDA_MODULE, m, py::mod_gil_not_used()) {
   lmkern::bind_errors();
+  lmkern::bind_embedding(m);
+  lmkern::bind_embedding_bag(m);
   lmkern::bind_recurrent(m);
+  // The message of an index that a kernel found to be out of range, or None; then it is forgotten.
+  m.def("take_index_error", lmkern::cuda::take_index_error);
 #if defined(LMKERN_SIMT)
   m.def("set_schedule", set_schedule);
   m.def("race_mode", lmkern::simt::race_mode);

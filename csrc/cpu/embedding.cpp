@@ -65,6 +65,7 @@ void renorm(const EmbeddingRenormArgs& a) {
   parallel(threads_for(n * width), [&](int thread, int threads) {
     const Range range = thread_range(n, 1, thread, threads);
     for (std::int64_t i = range.begin; i < range.end; ++i) {
+      if (i > 0 && ids[i] == ids[i - 1]) continue;
       S* const row = a.weight.ptr<S>() + ids[i] * stride;
       const Accumulate<S> scale = scale_of(row);
       if (scale != 1) scale_row(row, width, scale, row);

@@ -3,7 +3,7 @@
 // Parallel  threads own units; nothing is shared, so nobody waits.
 // Traffic   W_ih and W_hh once, straight from the caller's rows: at one or two rows of the batch a
 //           step is bound by reading them, and up to 95 (`reads_weights_directly` in
-//           ops/recurrent_cpu.py) packing them costs more than it saves. Rows of W and of the operand are both walked along k, so
+//           ops/recurrent_passes.py) packing them costs more than it saves. Rows of W and of the operand are both walked along k, so
 //           sums end up spread over lanes and are folded at the end, 30 shuffles for 16 units of
 //           one gate and row of the batch.
 // Limits    the operands' rows are read again for every kDotGroup rows of W, from L2.

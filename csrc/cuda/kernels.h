@@ -10,6 +10,13 @@
 namespace lmkern::cuda {
 
 struct Kernels {
+  static void embedding_forward(const EmbeddingForwardArgs& args);
+  static void embedding_renorm(const EmbeddingRenormArgs& args);
+  static void embedding_keys(const EmbeddingKeysArgs& args);
+  static void embedding_sorted_backward(const EmbeddingSortedBackwardArgs& args);
+  static void embedding_bag_forward(const EmbeddingBagForwardArgs& args);
+  static void embedding_bag_sorted_backward(const EmbeddingBagSortedBackwardArgs& args);
+  static void embedding_bag_weights_backward(const EmbeddingBagWeightsBackwardArgs& args);
   static void recurrent_forward(const RecurrentForwardArgs& args);
   static void recurrent_backward(const RecurrentBackwardArgs& args);
   static void recurrent_step(const RecurrentStepArgs& args);
@@ -20,5 +27,9 @@ inline Kernels kernels() { return {}; }
 
 // Bytes of scratch memory that a pass needs.
 std::int64_t recurrent_workspace(const RecurrentOptions& options, bool backward);
+// Of gradients of `positions` lookups of rows of `width`; `is_double`: in float64.
+std::int64_t embedding_sorted_workspace(std::int64_t positions, std::int64_t width, bool is_double);
+std::int64_t embedding_bag_sorted_workspace(std::int64_t positions, std::int64_t width,
+                                            bool is_double);
 
 }  // namespace lmkern::cuda

@@ -8,11 +8,8 @@ namespace lmkern {
 namespace {
 
 void check_offsets(const Check& check, const TensorView& offsets, std::int64_t n) {
-  if (offsets.dtype != DType::kInt32 && offsets.dtype != DType::kInt64)
-    check.fail_type(std::string("offsets must be int32 or int64, got ") +
-                    dtype_name(offsets.dtype));
-  check.dtype("offsets", offsets, offsets.dtype);
-  check.contiguous("offsets", offsets);
+  check_integers(check, offsets, "offsets");
+  if constexpr (!kReadable) return;
   dispatch_index_types(offsets.dtype, [&](auto tag) {
     const auto* offset = offsets.ptr<const typename decltype(tag)::type>();
     const std::int64_t count = offsets.shape[0];
@@ -28,23 +25,18 @@ void check_offsets(const Check& check, const TensorView& offsets, std::int64_t n
   });
 }
 
-// How many positions lie in a bag.
-std::int64_t covered(const EmbeddingBags& bags) {
-  std::int64_t end = bags.indices.numel();
-  if (bags.offsets.defined() && bags.include_last_offset)
-    dispatch_index_types(bags.offsets.dtype, [&](auto tag) {
-      end = bags.offsets.ptr<const typename decltype(tag)::type>()[bags.offsets.shape[0] - 1];
-    });
-  return bags.offsets.defined() && bags.offsets.shape[0] == 0 ? 0 : end;
-}
+}  // namespace
 
-void check_winners(const Check& check, const EmbeddingBags& bags, const TensorView& winners,
-                   std::int64_t count, std::int64_t width) {
+void check_bag_terms(const Check& check, const EmbeddingBags& bags, const TensorView& winners,
+                     const TensorView& kept, std::int64_t count, std::int64_t width) {
   if (bags.mode == BagMode::kMax)
     check.tensor("winners", winners, DType::kInt32, {count, width}, "[B, D]");
+  const std::int64_t positions = bags.indices.numel();
+  if (!kReadable && bags.padding_idx >= 0)
+    check.tensor("kept", kept, DType::kInt64, {positions}, "[N]");
+  else if (kept.defined())
+    check.fail("kept is for a GPU, and a padding_idx");
 }
-
-}  // namespace
 
 std::int64_t check_bags(const Check& check, const EmbeddingBags& bags, const TensorView& table,
                         std::int64_t rows) {
@@ -83,18 +75,6 @@ void embedding_bag_forward(const EmbeddingBagForwardArgs& a) {
   backend::kernels().embedding_bag_forward(a);
 }
 
-void embedding_bag_backward(const EmbeddingBagBackwardArgs& a) {
-  const Check check("embedding_bag_backward");
-  // The buckets were made of these indices, which were checked then.
-  const std::int64_t count = check_bags(check, a.bags, a.d_weight, INT64_MAX);
-  check_bucketed_gradient(check, {a.ids, a.starts, a.order, a.stale, a.d_weight, a.sparse},
-                          covered(a.bags));
-  const std::int64_t width = a.d_weight.shape[1];
-  check.tensor("d_out", a.d_out, a.d_weight.dtype, {count, width}, "[B, D]");
-  check_winners(check, a.bags, a.winners, count, width);
-  backend::kernels().embedding_bag_backward(a);
-}
-
 void embedding_bag_weights_backward(const EmbeddingBagWeightsBackwardArgs& a) {
   const Check check("embedding_bag_backward");
   check.floating("weight", a.weight);
@@ -103,7 +83,7 @@ void embedding_bag_weights_backward(const EmbeddingBagWeightsBackwardArgs& a) {
   const std::int64_t width = a.weight.shape[1];
   const std::int64_t count = check_bags(check, a.bags, a.weight, a.weight.shape[0]);
   check.tensor("d_out", a.d_out, a.weight.dtype, {count, width}, "[B, D]");
-  check_winners(check, a.bags, a.winners, count, width);
+  check_bag_terms(check, a.bags, a.winners, a.kept, count, width);
   check.dtype("d_per_sample_weights", a.d_per_sample_weights, a.weight.dtype);
   check.contiguous("d_per_sample_weights", a.d_per_sample_weights);
   if (a.d_per_sample_weights.numel() != a.bags.indices.numel())

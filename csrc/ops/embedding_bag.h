@@ -14,13 +14,15 @@
 //            at N) or [B + 1] (include_last_offset); or indices [B, L] without offsets.
 //            weight, d_weight [V, D]   per_sample_weights as indices   out, d_out [B, D]
 //            winners [B, D] int32, max only: which of its bag's count(b) terms is the maximum.
-//            ids, starts, order, stale: as in embedding.h, of the indices that lie in a bag.
+//            ids, starts, order, stale; rows, order: as in embedding.h, of the indices that lie in
+//            a bag. kept [N] int64, on a GPU with padding_idx: how many of positions 0 .. n do not
+//            look it up.
 // Layout     contiguous, but weight may have any row stride.
 // Aliasing   none.
 // Numerics   sums in float (double for double) in ascending n, one rounding each; same bits for any
 //            thread count. Comparisons with NaN are false: max is NaN only where its first term is.
 // Errors     IndexError for an index outside [0, V); ValueError for offsets that do not start at 0,
-//            decrease, or pass N.
+//            decrease, or pass N. On a GPU, IndexError for both, later (cuda/index_errors.h).
 // Source     torch.nn.functional.embedding_bag; weights for mean and max are ours.
 #pragma once
 #include "core/check.h"
@@ -56,9 +58,20 @@ struct EmbeddingBagBackwardArgs {
   bool scale_grad_by_freq;
 };
 
+struct EmbeddingBagSortedBackwardArgs {
+  EmbeddingBags bags;
+  TensorView d_out, winners;  // [B, D]; winners only for max
+  TensorView kept;            // [N], or absent
+  TensorView rows, order;     // [N] int32, [N] int64
+  TensorView d_weight;        // [R, D] in, out: zeros; rows in [0, R) that occur are written
+  TensorView workspace;       // as many bytes as cuda::embedding_bag_sorted_workspace says
+  bool scale_grad_by_freq;
+};
+
 struct EmbeddingBagWeightsBackwardArgs {
   EmbeddingBags bags;
   TensorView d_out, winners;        // [B, D]; winners only for max
+  TensorView kept;                  // [N], or absent
   TensorView weight;                // [V, D]
   TensorView d_per_sample_weights;  // as indices, out
 };
@@ -67,8 +80,16 @@ struct EmbeddingBagWeightsBackwardArgs {
 std::int64_t check_bags(const Check& check, const EmbeddingBags& bags, const TensorView& table,
                         std::int64_t rows);
 
+// winners and kept, of `count` bags of rows of `width`.
+void check_bag_terms(const Check& check, const EmbeddingBags& bags, const TensorView& winners,
+                     const TensorView& kept, std::int64_t count, std::int64_t width);
+
+// For both backends.
 void embedding_bag_forward(const EmbeddingBagForwardArgs& args);
-void embedding_bag_backward(const EmbeddingBagBackwardArgs& args);
 void embedding_bag_weights_backward(const EmbeddingBagWeightsBackwardArgs& args);
+// For the CPU.
+void embedding_bag_backward(const EmbeddingBagBackwardArgs& args);
+// For a GPU.
+void embedding_bag_sorted_backward(const EmbeddingBagSortedBackwardArgs& args);
 
 }  // namespace lmkern

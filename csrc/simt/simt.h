@@ -118,6 +118,8 @@ void atomic_store(std::uint32_t* address, std::uint32_t value, Order order, Site
 // The value before.
 std::uint32_t atomic_add(std::uint32_t* address, std::uint32_t value, Order order, Site site);
 void atomic_min(unsigned long long* address, unsigned long long value, Site site);
+// The value before.
+std::uint32_t atomic_max(std::uint32_t* address, std::uint32_t value, Site site);
 // A thread that polls gives way here.
 void spin(Site site);
 

@@ -207,6 +207,13 @@ std::uint32_t atomic_add(std::uint32_t* address, std::uint32_t value, Order orde
   return before;
 }
 
+std::uint32_t atomic_max(std::uint32_t* address, std::uint32_t value, Site site) {
+  before_atomic(address, 4, true, Order::kRelaxed, site);
+  const std::uint32_t before = *address;
+  if (value > before) *address = value;
+  return before;
+}
+
 void atomic_min(unsigned long long* address, unsigned long long value, Site site) {
   before_atomic(address, 8, true, Order::kRelaxed, site);
   if (value < *address) *address = value;

@@ -7,7 +7,26 @@ from torch import Tensor
 
 # csrc/ops/recurrent.h's RecurrentOptions, member by member
 _RecurrentOptions = tuple[
-    int, bool, int, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, Tensor | None, Tensor | None, Tensor | None, float, float, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+    int,
+    bool,
+    int,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    float,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    float,
+    float,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
 ]
 
 def recurrent_forward(

@@ -1,5 +1,4 @@
-// Atomic operations on 32-bit integers in global memory, seen by the whole GPU, with the order they
-// impose (PTX 9.7.9.8 ld.acquire, 9.7.9.12 st.release, 9.7.13.6 atom and red; PTX 8, memory model).
+// Atomic operations on integers in global memory, seen by the whole GPU, with the order they impose (PTX 9.7.9.8 ld.acquire, 9.7.9.12 st.release, 9.7.13.6 atom and red; PTX 8, memory model).
 // There are none on floating-point numbers: their order of addition would not be ours.
 #pragma once
 #include "cuda/device/base.h"
@@ -71,6 +70,39 @@ LMKERN_DEVICE void min_relaxed(unsigned long long* address,
   simt::atomic_min(address, value, site);
 #else
   atomicMin(address, value);
+#endif
+}
+
+// The larger one stays; gives the value before. Unordered.
+LMKERN_DEVICE std::uint32_t max_relaxed(std::uint32_t* address,
+                                        std::uint32_t value LMKERN_AND_SITE) {
+#if defined(LMKERN_SIMT)
+  return simt::atomic_max(address, value, site);
+#else
+  return atomicMax(address, value);
+#endif
+}
+
+// With the host, which reads and writes memory that both see (PTX 8.5, scope .sys).
+LMKERN_DEVICE std::uint32_t load_from_host(const std::uint32_t* address LMKERN_AND_SITE) {
+#if defined(LMKERN_SIMT)
+  return simt::atomic_load(address, simt::Order::kRelaxed, site);
+#else
+  std::uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];"
+               : "=r"(value)
+               : "l"(global_address(address))
+               : "memory");
+  return value;
+#endif
+}
+// Publishes what the thread wrote before.
+LMKERN_DEVICE void store_to_host(std::uint32_t* address, std::uint32_t value LMKERN_AND_SITE) {
+#if defined(LMKERN_SIMT)
+  simt::atomic_store(address, value, simt::Order::kRelease, site);
+#else
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(global_address(address)), "r"(value)
+               : "memory");
 #endif
 }
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lmkern.functional._layer import rnn_cell_name, run_layer
 from lmkern.ops.check import check_pair
-from lmkern.ops.recurrent_cpu import CELLS
+from lmkern.ops.recurrent_passes import CELLS
 from lmkern.ops.recurrent_step import plain_step
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lmkern import _C
 from lmkern.ops.backend import takes_cuda
 from lmkern.ops.library import KERNEL_DTYPES
-from lmkern.ops.recurrent_cpu import CELLS, GATES, reads_weights_directly
+from lmkern.ops.recurrent_passes import CELLS, GATES, reads_weights_directly
 
 if TYPE_CHECKING:
     from lmkern.nn.recurrent_base import RNNBase

@@ -1,4 +1,9 @@
-"""Embedding lookup, its dense and sparse gradient, renormalisation. Math: csrc/ops/embedding.h."""
+"""Embedding lookup, its dense and sparse gradient, renormalisation. Math: csrc/ops/embedding.h.
+
+Both backends sum the rows of the gradient in the order of what they look up. The CPU knows the buckets
+then; on a GPU nobody waits to hear how many there are, and a dense gradient needs no more than the
+sorted list.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lmkern import _C, reference
+from lmkern.ops.backend import kernels_of, takes_cuda
 from lmkern.ops.gradient_buffer import GradientBuffer, buffer_of, fill_gradient
 from lmkern.ops.library import define_op, is_plain_backward, reference_backward
 from lmkern.ops.memory import fresh
@@ -36,6 +42,51 @@ def bucket(indices: Tensor, num_embeddings: int, padding_idx: int = -1) -> Bucke
     return Buckets(ids, starts, order)
 
 
+class SortedPositions(NamedTuple):
+    """The positions of a lookup on a GPU, by the rows of the gradient that they add to."""
+
+    rows: Tensor  # [N] int32 ascending; beyond the last row: no gradient
+    order: Tensor  # [N] int64
+
+
+def sort_positions(
+    indices: Tensor, num_embeddings: int, padding_idx: int = -1, covered: Tensor | None = None
+) -> SortedPositions:
+    """Sort ``indices`` (contiguous) on a GPU; ``covered`` [1]: positions from there on do not count."""
+    keys = fresh(indices, indices.numel(), dtype=torch.int32)
+    kernels_of(indices).embedding_keys(indices, num_embeddings, padding_idx, covered, keys)
+    return SortedPositions(*torch.sort(keys, stable=True))
+
+
+def distinct_rows(
+    positions: SortedPositions, num_embeddings: int
+) -> tuple[Tensor, SortedPositions]:
+    """The distinct rows, int64 ascending, and the positions by their numbers. Waits for the GPU."""
+    ids, numbers = torch.unique_consecutive(positions.rows, return_inverse=True)
+    if ids.numel() and int(ids[-1]) >= num_embeddings:
+        ids = ids[:-1]
+    return ids.long(), SortedPositions(numbers.int(), positions.order)
+
+
+def workspace(like: Tensor, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
+def _write_sorted(
+    d_out: Tensor,
+    positions: SortedPositions,
+    gradient: Tensor,
+    scale_grad_by_freq: bool,
+    scale: float,
+) -> None:
+    """Write the rows of ``gradient`` that occur."""
+    kernels = kernels_of(d_out)
+    size = kernels.embedding_sorted_workspace(*d_out.shape, d_out.dtype == torch.float64)
+    kernels.embedding_sorted_backward(
+        d_out, *positions, gradient, workspace(d_out, size), scale_grad_by_freq, scale
+    )
+
+
 def contiguous_rows(weight: Tensor) -> Tensor:
     return weight if weight.stride(1) == 1 or weight.shape[1] <= 1 else weight.contiguous()
 
@@ -44,16 +95,21 @@ def _forward_fake(weight: Tensor, indices: Tensor, max_norm: float, norm_type: f
     return fresh(weight, *indices.shape, weight.shape[1])
 
 
-def _forward_cpu(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
+def _forward(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
     out = _forward_fake(weight, indices, max_norm, norm_type)
-    _C.embedding_forward(contiguous_rows(weight), indices.contiguous(), out, max_norm, norm_type)
+    kernels_of(weight).embedding_forward(
+        contiguous_rows(weight), indices.contiguous(), out, max_norm, norm_type
+    )
     return out
 
 
-def _renorm_cpu(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
-    rows = contiguous_rows(weight)
-    ids = bucket(indices.contiguous(), weight.shape[0]).ids
-    _C.embedding_renorm(rows, ids, max_norm, norm_type)
+def _renorm(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
+    rows, indices = contiguous_rows(weight), indices.contiguous()
+    if takes_cuda(weight):
+        ids = sort_positions(indices, weight.shape[0]).rows.long()
+    else:
+        ids = bucket(indices, weight.shape[0]).ids
+    kernels_of(weight).embedding_renorm(rows, ids, max_norm, norm_type)
     if rows is not weight:
         weight.copy_(rows)
     elif not weight.is_inference():
@@ -71,7 +127,7 @@ def _backward_fake(
     return fresh(d_out, num_embeddings, d_out.shape[-1])
 
 
-def _backward_cpu(
+def _backward(
     d_out: Tensor,
     indices: Tensor,
     num_embeddings: int,
@@ -93,8 +149,14 @@ def dense_gradient(
     buffer: GradientBuffer | None,
     scale: float = 1.0,
 ) -> Tensor:
-    """The gradient [V, D] times ``scale``, in the weight's buffer or in fresh memory."""
-    buckets, rows = bucket(indices.contiguous(), num_embeddings, padding_idx), _flat(d_out)
+    """The gradient [V, D] times ``scale``, in the weight's buffer (CPU only) or in fresh memory."""
+    indices, rows = indices.contiguous(), _flat(d_out)
+    if takes_cuda(rows):
+        gradient = rows.new_zeros(num_embeddings, rows.shape[1])
+        positions = sort_positions(indices, num_embeddings, padding_idx)
+        _write_sorted(rows, positions, gradient, scale_grad_by_freq, scale)
+        return gradient
+    buckets = bucket(indices, num_embeddings, padding_idx)
 
     def write(gradient: Tensor, stale: Tensor | None) -> None:
         _C.embedding_backward(rows, *buckets, stale, gradient, False, scale_grad_by_freq, scale)
@@ -108,18 +170,21 @@ def _flat(d_out: Tensor) -> Tensor:
 
 define_op(
     "embedding_forward(Tensor weight, Tensor indices, float max_norm, float norm_type) -> Tensor",
-    cpu=_forward_cpu,
+    cpu=_forward,
+    cuda=_forward,
     fake=_forward_fake,
 )
 define_op(
     "embedding_renorm_(Tensor(a!) weight, Tensor indices, float max_norm, float norm_type) -> ()",
-    cpu=_renorm_cpu,
+    cpu=_renorm,
+    cuda=_renorm,
     fake=lambda weight, indices, max_norm, norm_type: None,
 )
 define_op(
     "embedding_backward(Tensor d_out, Tensor indices, SymInt num_embeddings, int padding_idx, "
     "bool scale_grad_by_freq, float scale=1.0) -> Tensor",
-    cpu=_backward_cpu,
+    cpu=_backward,
+    cuda=_backward,
     fake=_backward_fake,
 )
 
@@ -133,10 +198,18 @@ def sparse_gradient(
     scale: float = 1.0,
 ) -> Tensor:
     """The gradient as a coalesced sparse tensor [V, D]: int64 ids ascending, rows [U, D]."""
-    buckets = bucket(indices.contiguous(), num_embeddings, padding_idx)
-    rows = fresh(d_out, buckets.ids.shape[0], d_out.shape[-1])
-    _C.embedding_backward(_flat(d_out), *buckets, None, rows, True, scale_grad_by_freq, scale)
-    return sparse_tensor(buckets.ids, rows, num_embeddings)
+    indices, d_out = indices.contiguous(), _flat(d_out)
+    if takes_cuda(d_out):
+        ids, positions = distinct_rows(
+            sort_positions(indices, num_embeddings, padding_idx), num_embeddings
+        )
+        rows = fresh(d_out, ids.shape[0], d_out.shape[1])
+        _write_sorted(d_out, positions, rows, scale_grad_by_freq, scale)
+    else:
+        buckets = bucket(indices, num_embeddings, padding_idx)
+        ids, rows = buckets.ids, fresh(d_out, buckets.ids.shape[0], d_out.shape[1])
+        _C.embedding_backward(d_out, *buckets, None, rows, True, scale_grad_by_freq, scale)
+    return sparse_tensor(ids, rows, num_embeddings)
 
 
 def sparse_tensor(ids: Tensor, rows: Tensor, num_embeddings: int) -> Tensor:

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from lmkern import _C, reference
-from lmkern.ops.embedding import bucket, contiguous_rows, mark_coalesced, sparse_tensor, weak_leaf
+from lmkern.ops.backend import kernels_of, takes_cuda
+from lmkern.ops.embedding import (
+    bucket,
+    contiguous_rows,
+    distinct_rows,
+    mark_coalesced,
+    sort_positions,
+    sparse_tensor,
+    weak_leaf,
+    workspace,
+)
 from lmkern.ops.gradient_buffer import GradientBuffer, buffer_of, fill_gradient
 from lmkern.ops.library import define_op, is_plain_backward, reference_backward
 from lmkern.ops.memory import fresh
@@ -48,10 +58,18 @@ def _forward_fake(weight: Tensor, *bags_and_save: Any) -> tuple[Tensor, Tensor]:
     return fresh(weight, count, weight.shape[1]), fresh(weight, shape, dtype=torch.int32)
 
 
-def _forward_cpu(weight: Tensor, *bags_and_save: Any) -> tuple[Tensor, Tensor]:
+def _kept(bags: Bags) -> Tensor | None:
+    """On a GPU with padding_idx: how many of positions 0 .. n do not look it up."""
+    indices, *_, padding_idx = bags
+    if padding_idx < 0 or not takes_cuda(indices):
+        return None
+    return torch.cumsum(indices.flatten() != padding_idx, 0)
+
+
+def _forward(weight: Tensor, *bags_and_save: Any) -> tuple[Tensor, Tensor]:
     *bags, save = bags_and_save
     out, winners = _forward_fake(weight, *bags_and_save)
-    _C.embedding_bag_forward(
+    kernels_of(weight).embedding_bag_forward(
         contiguous_bags(tuple(bags)), contiguous_rows(weight), out,  # type: ignore[arg-type]
         winners if bags[4] == _MAX and save else None,
     )  # fmt: skip
@@ -69,13 +87,15 @@ def _gradient(
 ) -> Tensor:
     """The gradient of the weight, sparse or dense; the dense one in the buffer, if there is one."""
     bags = contiguous_bags(bags)
-    indices, offsets, _, include_last_offset, mode, padding_idx = bags
+    d_out, winning = d_out.contiguous(), winners if bags[4] == _MAX else None
+    if takes_cuda(d_out):
+        return _sorted_gradient(d_out, winning, bags, num_embeddings, scale_grad_by_freq, sparse)
+    indices, offsets, _, include_last_offset, _, padding_idx = bags
     if offsets is not None and include_last_offset:  # positions past the last offset are in no bag
         indices = indices[: int(offsets[-1])]
     elif offsets is not None and offsets.shape[0] == 0:
         indices = indices[:0]
     buckets = bucket(indices, num_embeddings, padding_idx)
-    d_out, winning = d_out.contiguous(), winners if mode == _MAX else None
 
     def write(gradient: Tensor, stale: Tensor | None) -> None:
         _C.embedding_bag_backward(
@@ -90,11 +110,41 @@ def _gradient(
     return fill_gradient(buffer, shape, d_out.dtype, buckets.ids, write)
 
 
+def _sorted_gradient(
+    d_out: Tensor,
+    winners: Tensor | None,
+    bags: Bags,
+    num_embeddings: int,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+) -> Tensor:
+    """:func:`_gradient` on a GPU."""
+    indices, offsets, _, include_last_offset, _, padding_idx = bags
+    covered = None
+    if offsets is not None and include_last_offset:
+        covered = offsets[-1:]  # read there: nobody waits
+    elif offsets is not None and offsets.shape[0] == 0:
+        covered = offsets.new_zeros(1)
+    positions = sort_positions(indices, num_embeddings, padding_idx, covered)
+    if sparse:
+        ids, positions = distinct_rows(positions, num_embeddings)
+    gradient = d_out.new_zeros(ids.shape[0] if sparse else num_embeddings, d_out.shape[1])
+    kernels = kernels_of(d_out)
+    size = kernels.embedding_bag_sorted_workspace(
+        indices.numel(), d_out.shape[1], d_out.dtype == torch.float64
+    )
+    kernels.embedding_bag_sorted_backward(
+        bags, d_out, winners, _kept(bags), *positions, gradient, workspace(d_out, size),
+        scale_grad_by_freq,
+    )  # fmt: skip
+    return sparse_tensor(ids, gradient, num_embeddings) if sparse else gradient
+
+
 def _backward_fake(d_out: Tensor, winners: Tensor, *rest: Any) -> Tensor:
     return fresh(d_out, rest[-2], d_out.shape[1])
 
 
-def _backward_cpu(d_out: Tensor, winners: Tensor, *rest: Any) -> Tensor:
+def _backward(d_out: Tensor, winners: Tensor, *rest: Any) -> Tensor:
     *bags, num_embeddings, scale_grad_by_freq = rest
     return _gradient(d_out, winners, tuple(bags), num_embeddings, scale_grad_by_freq, False, None)  # type: ignore[arg-type]
 
@@ -103,29 +153,32 @@ def _weights_backward_fake(d_out: Tensor, winners: Tensor, weight: Tensor, *bags
     return fresh(weight, bags[0].shape)
 
 
-def _weights_backward_cpu(d_out: Tensor, winners: Tensor, weight: Tensor, *bags: Any) -> Tensor:
+def _weights_backward(d_out: Tensor, winners: Tensor, weight: Tensor, *bags: Any) -> Tensor:
     d_weights = _weights_backward_fake(d_out, winners, weight, *bags)
-    _C.embedding_bag_weights_backward(
+    kernels_of(weight).embedding_bag_weights_backward(
         contiguous_bags(bags), d_out.contiguous(), winners if bags[4] == _MAX else None,  # type: ignore[arg-type]
-        contiguous_rows(weight), d_weights,
+        _kept(bags), contiguous_rows(weight), d_weights,  # type: ignore[arg-type]
     )  # fmt: skip
     return d_weights
 
 
 define_op(
     f"embedding_bag_forward(Tensor weight, {BAGS}, bool save) -> (Tensor, Tensor)",
-    cpu=_forward_cpu,
+    cpu=_forward,
+    cuda=_forward,
     fake=_forward_fake,
 )
 define_op(
     f"embedding_bag_backward(Tensor d_out, Tensor winners, {BAGS}, SymInt num_embeddings, "
     "bool scale_grad_by_freq) -> Tensor",
-    cpu=_backward_cpu,
+    cpu=_backward,
+    cuda=_backward,
     fake=_backward_fake,
 )
 define_op(
     f"embedding_bag_weights_backward(Tensor d_out, Tensor winners, Tensor weight, {BAGS}) -> Tensor",
-    cpu=_weights_backward_cpu,
+    cpu=_weights_backward,
+    cuda=_weights_backward,
     fake=_weights_backward_fake,
 )
 

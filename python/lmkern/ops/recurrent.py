@@ -10,16 +10,16 @@ from torch import Tensor
 
 from lmkern import reference
 from lmkern.ops.library import define_op, needs_grad, reference_backward, register_vmap
-from lmkern.ops.recurrent_cpu import (
+from lmkern.ops.recurrent_passes import (
     CELLS,
     DIFFERENTIABLE,
     Inputs,
     Options,
     Saved,
-    backward_cpu,
     backward_fake,
-    forward_cpu,
+    backward_pass,
     forward_fake,
+    forward_pass,
 )
 from lmkern.ops.recurrent_step import plain_step
 from lmkern.ops.recurrent_transforms import RecurrenceTransform, vmap_backward, vmap_forward
@@ -34,7 +34,8 @@ _OPTIONS_SCHEMA = (
 define_op(
     f"recurrent_forward({_INPUT_SCHEMA}, {_OPTIONS_SCHEMA}, bool save, bool want_cells) -> "
     f"(Tensor y, Tensor h_n, Tensor c_n, Tensor c, {_SAVED_SCHEMA})",
-    cpu=forward_cpu,
+    cpu=forward_pass,
+    cuda=forward_pass,
     fake=forward_fake,
 )
 define_op(
@@ -42,7 +43,8 @@ define_op(
     f"Tensor? d_c, Tensor y, {_SAVED_SCHEMA}, bool[] need) -> ("
     + ", ".join(f"Tensor d_{name}" for name in Inputs._fields[:DIFFERENTIABLE])
     + ")",
-    cpu=backward_cpu,
+    cpu=backward_pass,
+    cuda=backward_pass,
     fake=backward_fake,
 )
 register_vmap("recurrent_forward", vmap_forward)

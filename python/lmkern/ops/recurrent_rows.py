@@ -205,12 +205,16 @@ class DeviceRows(Rows):
 class DevicePackedRows(PackedRows):
     """[N, ...] as in a PackedSequence, on a GPU. ``batch_sizes`` lies on the CPU, as torch has it."""
 
-    def __init__(self, lead: torch.Size, batch: int, batch_sizes: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, lead: torch.Size, batch: int, batch_sizes: Tensor, device: torch.device
+    ) -> None:
         super().__init__(lead, batch, batch_sizes)
         self.sizes, self.batch_sizes, self.device = self.batch_sizes, None, device
         ends = self.sizes.cumsum(0)
         rows = torch.arange(batch).unsqueeze(1)
-        both = torch.cat([ends - self.sizes, (self.sizes > rows).sum(1)]).to(device, non_blocking=True)
+        both = torch.cat([ends - self.sizes, (self.sizes > rows).sum(1)]).to(
+            device, non_blocking=True
+        )
         self.offsets, self.lengths = both.split([self.sizes.numel(), batch])
 
     def _positions(self) -> tuple[Tensor, Tensor]:
@@ -229,9 +233,7 @@ class DevicePackedRows(PackedRows):
         before = time + 1 if reverse else time - 1
         inner = (before >= 0) & (before < self.lengths[row])
         source = self.offsets[before.clamp(0, self.sizes.numel() - 1)] + row
-        return torch.cat([y, initial]).index_select(
-            0, torch.where(inner, source, self.count + row)
-        )
+        return torch.cat([y, initial]).index_select(0, torch.where(inner, source, self.count + row))
 
 
 def device_rows_of(

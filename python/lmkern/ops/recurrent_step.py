@@ -13,12 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lmkern import _C
-from lmkern.ops.backend import takes_cuda
-from lmkern.ops.library import KERNEL_DTYPES, accumulate_dtype, is_plain_eager, matmul
-from lmkern.ops.recurrent_cpu import GATES, reads_weights_directly
+from lmkern.ops.backend import kernels_of, takes_cuda
+from lmkern.ops.library import (
+    KERNEL_DTYPES,
+    accumulate_dtype,
+    declare_cuda,
+    is_plain_eager,
+    matmul,
+    missing_kernel,
+)
+from lmkern.ops.recurrent_passes import GATES, reads_weights_directly
 
 _PLAIN = (Tensor, Parameter)
+declare_cuda("recurrent_step")
 _TILE_BATCH = 96  # from here on lmkern's product may beat torch's
 
 
@@ -76,9 +83,10 @@ def _run(
     batch, width = x.shape[0], w_hh.shape[1]
     h_next = x.new_empty(batch, width)
     c_next = x.new_empty(batch, width) if cell == 0 else None
-    if reads_weights_directly(batch, x.dtype):
+    kernels = kernels_of(x)
+    if not takes_cuda(x) and reads_weights_directly(batch, x.dtype):
         try:
-            _C.recurrent_step(
+            kernels.recurrent_step(
                 cell, None, None, x, w_ih, w_hh, b_ih, b_hh, h, c, h_next, y, c_next, gates, None,
                 hidden,
             )  # fmt: skip
@@ -93,7 +101,7 @@ def _run(
         from_h: Tensor | None = _product(h, w_hh, b_hh)
     else:
         from_h = None if b_hh is None else b_hh.expand(from_x.shape).contiguous()
-    _C.recurrent_step(
+    kernels.recurrent_step(
         cell, from_x, from_h, None, None, None, None, None, h, c, h_next, y, c_next, gates, None,
         hidden,
     )  # fmt: skip
@@ -140,14 +148,18 @@ class StepFunction(torch.autograd.Function):
         d_hh = torch.empty_like(gates) if gru else d_gates
         d_h0 = x.new_empty(x.shape[0], w_hh.shape[1]) if gru else None
         d_c0 = x.new_empty(x.shape[0], w_hh.shape[1]) if cell == 0 else None
-        d_b_ih = torch.empty_like(b_ih) if need_b_ih else None
-        d_b_hh = torch.empty_like(b_hh) if need_b_hh else None
-        _C.recurrent_step_backward(
+        on_gpu = takes_cuda(x)  # where biases' gradients are a sum of torch's
+        d_b_ih = torch.empty_like(b_ih) if need_b_ih and not on_gpu else None
+        d_b_hh = torch.empty_like(b_hh) if need_b_hh and not on_gpu else None
+        kernels_of(x).recurrent_step_backward(
             cell, None if d_h is None else d_h.contiguous(),
             None if d_y is None else d_y[0].contiguous(),
             None if d_c is None else d_c.contiguous(), gates, hidden, h, c, d_gates,
             d_hh if gru else None, d_h0, d_c0, d_b_ih, d_b_hh,
         )  # fmt: skip
+        if on_gpu:
+            d_b_ih = d_gates.sum(0) if need_b_ih else None
+            d_b_hh = d_hh.sum(0) if need_b_hh else None
         if need_h:
             d_h0 = torch.mm(d_hh, w_hh) if d_h0 is None else torch.addmm(d_h0, d_hh, w_hh)
         d_x = torch.mm(d_gates, w_ih) if need_x else None
@@ -204,10 +216,9 @@ def plain_step(
         or w_hh.dim() != 2
         or (b_ih is None) != (b_hh is None)
         or x.dtype not in KERNEL_DTYPES
-        or not x.is_cpu
-        or takes_cuda(x)
         or x.numel() == 0
         or not is_plain_eager()
+        or not (x.is_cpu or (x.is_cuda and not missing_kernel("recurrent_step", x.device)))
         or x.is_neg()
         or (h is not None and h.is_neg())
         or (c is not None and c.is_neg())

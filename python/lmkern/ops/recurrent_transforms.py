@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmkern.ops.recurrent_cpu import DIFFERENTIABLE, Inputs
+from lmkern.ops.recurrent_passes import DIFFERENTIABLE, Inputs
 from lmkern.ops.transforms import differentiate_gradient, one_by_one
 
 Reference = Callable[..., tuple[Tensor, ...]]

@@ -1,5 +1,5 @@
-"""The CPU implementation of the recurrent ops, and their shapes-only one: what is allocated, and the
-products over all steps around the kernel. Math and layouts: csrc/ops/recurrent.h."""
+"""The implementation of the recurrent ops, CPU and CUDA, and the shapes-only one: what is allocated, and
+the products over all steps around the kernel. Math and layouts: csrc/ops/recurrent.h."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmkern import _C
-from lmkern.ops.backend import kernels_of
+from lmkern.ops.backend import kernels_of, takes_cuda
 from lmkern.ops.library import accumulate_dtype, matmul, plain_products
 from lmkern.ops.memory import fresh
 from lmkern.ops.recurrent_rows import Rows, device_rows_of, rows_of
@@ -84,10 +84,9 @@ def _kernel_options(i: Inputs, o: Options, rows: Rows) -> tuple[Any, ...]:
 
 def _placed(i: Inputs) -> tuple[Any, bool, Rows]:
     """The kernels for x, whether they are a GPU's, and the rows as those want them."""
-    kernels = kernels_of(i.x)
-    on_gpu = kernels is not _C
+    on_gpu = takes_cuda(i.x)
     place = device_rows_of if on_gpu else rows_of
-    return kernels, on_gpu, place(i.x, i.lengths, i.batch_sizes, _batch(i))
+    return kernels_of(i.x), on_gpu, place(i.x, i.lengths, i.batch_sizes, _batch(i))
 
 
 def _workspace(kernels: Any, options: tuple[Any, ...], x: Tensor, backward: bool) -> Tensor:
@@ -160,7 +159,7 @@ def reads_weights_directly(batch: int, dtype: torch.dtype) -> bool:
     return batch <= (95 if dtype in (torch.float32, torch.float64) else 4)
 
 
-def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
+def forward_pass(*args: Any) -> tuple[Tensor, ...]:
     i, o = Inputs(*args[:18]), Options(*args[18:24])
     save, want_cells = args[24:]
     y, h_n, c_n, cells_out, *kept = _outputs(i, o, save, want_cells)
@@ -193,7 +192,8 @@ def forward_cpu(*args: Any) -> tuple[Tensor, ...]:
             forward(
                 options, gates, h0, c0, first_hh, packed_y, packed_h,
                 packed_c if o.cell == 0 else None, cells, _rows(saved.hidden, n),
-                _rows(saved.hh, n), _rows(saved.unprojected, n), saved.gates.numel() > 0, workspace, False,
+                _rows(saved.hh, n), _rows(saved.unprojected, n), saved.gates.numel() > 0,
+                workspace, False,
             )  # fmt: skip
     rows.unpack(packed_y, y)
     rows.unsort(packed_h, h_n)
@@ -274,7 +274,7 @@ def backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return _gradients(Inputs(*args[:18]), args[-1])
 
 
-def backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+def backward_pass(*args: Any) -> tuple[Tensor, ...]:
     i, o = Inputs(*args[:18]), Options(*args[18:24])
     d_y, d_h_n, d_c_n, d_cells, y = args[24:29]
     kept = args[29:34]
