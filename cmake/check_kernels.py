@@ -40,7 +40,7 @@ def limits_of(source: str) -> dict[str, Use]:
 
 
 def uses_in(log: str) -> dict[tuple[str, str], Use]:
-    """What ``ptxas -v`` says of each (kernel, architecture); functions that a kernel calls count to it."""
+    """What ``ptxas -v`` says of each (kernel, architecture), the functions it calls included."""
     uses: dict[tuple[str, str], Use] = {}
     patterns = "|".join(
         (
@@ -92,12 +92,13 @@ def excesses(log: str, limits: dict[str, Use]) -> list[str]:
 def compile_checked(command: list[str]) -> int:
     source = next(Path(word) for word in reversed(command) if word.endswith(".cu"))
     done = subprocess.run(
-        [*command, "--ptxas-options=-v"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "--ptxas-options=-v"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     talk = re.compile(r"ptxas info|\s*\d+ bytes stack frame|\s*\d+ bytes gmem|$")
-    sys.stderr.write(
-        "".join(line for line in done.stdout.splitlines(True) if not talk.match(line))
-    )
+    sys.stderr.write("".join(line for line in done.stdout.splitlines(True) if not talk.match(line)))
     if done.returncode != 0:
         return done.returncode
     limits: dict[str, Use] = {}
