@@ -46,7 +46,6 @@ def pytest_configure(config: pytest.Config) -> None:
             "filterwarnings", "ignore:.*no kernel for device 'cuda' yet:lmkern.LmkernWarning"
         )
     if device in ("cuda", "meta"):
-        import lmkern.models  # whose layers are to be moved
         from on_device import install
 
         install(device)

@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "bindings/bind.h"
+#include "cuda/golden.h"
 #include "cuda/index_errors.h"
 #if defined(LMKERN_SIMT)
 #include "simt/planted.h"
@@ -65,6 +66,8 @@ PYBIND11_MODULE(LMKERN_CUDA_MODULE, m, py::mod_gil_not_used()) {
   lmkern::bind_embedding(m);
   lmkern::bind_embedding_bag(m);
   lmkern::bind_recurrent(m);
+  m.def("golden_names", lmkern::cuda::golden_names);
+  m.def("golden", lmkern::cuda::golden, py::call_guard<py::gil_scoped_release>());
   // The message of an index that a kernel found to be out of range, or None; then it is forgotten.
   m.def("take_index_error", lmkern::cuda::take_index_error);
 #if defined(LMKERN_SIMT)

@@ -27,9 +27,8 @@ struct Divider {
 
   explicit Divider(std::uint32_t by) : divisor(by), magic(0), shift(0) {
     while ((std::uint64_t{1} << shift) < by) ++shift;
-    magic = static_cast<std::uint32_t>(((std::uint64_t{1} << shift) - by) * (std::uint64_t{1} << 32) /
-                                           by +
-                                       1);
+    magic = static_cast<std::uint32_t>(
+        ((std::uint64_t{1} << shift) - by) * (std::uint64_t{1} << 32) / by + 1);
   }
   LMKERN_DEVICE std::uint32_t divide(std::uint32_t n) const {
     const auto high = static_cast<std::uint32_t>(static_cast<std::uint64_t>(n) * magic >> 32);

@@ -163,8 +163,8 @@ void weights_backward(const EmbeddingBagWeightsBackwardArgs& a) {
       a.d_per_sample_weights.ptr<S>(),
       index_errors("embedding_bag", a.bags.indices, a.weight.shape[0])};
   launch<sample_gradient<S, kVec>>(
-      Grid{.x = blocks_for(g.bags.positions, kThreads / 32), .threads = kThreads},
-      current_stream(), g);
+      Grid{.x = blocks_for(g.bags.positions, kThreads / 32), .threads = kThreads}, current_stream(),
+      g);
 }
 
 }  // namespace

@@ -27,9 +27,8 @@ IndexRecord* all_records() {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     check(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode");
     void* memory = nullptr;
-    const cudaError_t error =
-        cudaHostAlloc(&memory, kMaxDevices * sizeof(IndexRecord),
-                      cudaHostAllocPortable | cudaHostAllocMapped);
+    const cudaError_t error = cudaHostAlloc(&memory, kMaxDevices * sizeof(IndexRecord),
+                                            cudaHostAllocPortable | cudaHostAllocMapped);
     check(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode");
     check(error, "memory for index errors");
     return static_cast<IndexRecord*>(memory);

@@ -169,9 +169,8 @@ add_partials(SortedRuns<S> r) {
   const int lane = lane_index(), warp = warp_index();
   const std::int64_t piece = block.column * 32 + lane, column = piece * kVec;
   const bool active = piece < r.columns;
-  std::uint32_t found =
-      vote(lane < kChunksOfABlock && first_chunk + lane < r.chunks &&
-           r.begins_long_run(first_chunk + lane));
+  std::uint32_t found = vote(lane < kChunksOfABlock && first_chunk + lane < r.chunks &&
+                             r.begins_long_run(first_chunk + lane));
   for (std::int64_t c = first_chunk; found != 0; ++c, found >>= 1) {
     if ((found & 1) == 0) continue;
     // The last chunk that begins with this run: steps that double, then halve.

@@ -4,6 +4,7 @@
 //
 // 16-bit types: mma m16n8k16. float and double: FMA, 4 x 8 values a lane.
 #pragma once
+#include "cuda/device/math.h"
 #include "cuda/device/matrix.h"
 #include "cuda/device/vector.h"
 
@@ -24,8 +25,10 @@ struct WarpTile {
 
   LMKERN_DEVICE void clear() {
     LMKERN_UNROLL
-    for (int j = 0; j < kTileColumns / 8; ++j) LMKERN_UNROLL
-    for (int i = 0; i < 4; ++i) acc[j][i] = A(0);
+    for (int j = 0; j < kTileColumns / 8; ++j) {
+      LMKERN_UNROLL
+      for (int i = 0; i < 4; ++i) acc[j][i] = A(0);
+    }
   }
 
   // Of acc[j][i]: its row of the weights, and its row of the batch.
@@ -83,6 +86,9 @@ struct WarpTile {
     constexpr int kWide = 16 / static_cast<int>(sizeof(S));  // of a vector
     using V = Vector<S, kWide>;
     const int first_row = row(0), first_column = column(0, 0);
+    // Summed for itself, and then added: the rounding error of a long depth grows with the number of
+    // calls, not of terms.
+    A part[kTileColumns / 8][4] = {};
     for (int k = 0; k < depth; k += kWide) {
       V weights[4];
       LMKERN_UNROLL
@@ -100,9 +106,17 @@ struct WarpTile {
         if (8 * j >= columns) break;
         const V values = load_vector<V>(h + (first_column + 8 * j) * h_stride + k);
         LMKERN_UNROLL
-        for (int n = 0; n < kWide; ++n) LMKERN_UNROLL
-        for (int i = 0; i < 4; ++i) acc[j][i] += weights[i].at[n] * values.at[n];
+        for (int n = 0; n < kWide; ++n) {
+          LMKERN_UNROLL
+          for (int i = 0; i < 4; ++i)
+            part[j][i] = multiply_add(weights[i].at[n], values.at[n], part[j][i]);
+        }
       }
+    }
+    LMKERN_UNROLL
+    for (int j = 0; j < kTileColumns / 8; ++j) {
+      LMKERN_UNROLL
+      for (int i = 0; i < 4; ++i) acc[j][i] += part[j][i];
     }
   }
 };

@@ -116,8 +116,9 @@ void collective(const char* name, std::uint32_t mask, Combine combine, void* ope
   auto& open = thread.block->collectives[static_cast<std::size_t>(warp)];
   Collective* mine = nullptr;
   for (Collective& c : open) {
-    if ((c.mask & mask) == 0) continue;
-    if (c.mask != mask || c.combine != combine || !same(c.site, site))
+    // One of another mask: those lanes may come here later. If not, it is a deadlock.
+    if (c.mask != mask) continue;
+    if (c.combine != combine || !same(c.site, site))
       report(site, std::string(name) + ": lane " + std::to_string(lane) +
                        " comes here, but other lanes of its mask wait at " + place_of(c.site) +
                        " for " + c.name);

@@ -14,4 +14,8 @@ struct DeviceMath {
   static LMKERN_HOST_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 };
 
+// a b + c, rounded once.
+LMKERN_DEVICE float multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+LMKERN_DEVICE double multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
+
 }  // namespace lmkern::cuda
