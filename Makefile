@@ -106,8 +106,13 @@ $(VENV)-3.%/.tools: pyproject.toml constraints.txt | check-tools
 $(VENV)/.built: $(BUILD_FILES) $(VENV)/.tools $(if $(filter ON,$(DEV_CUDA)),$(VENV)/.cuda)
 	@echo 'building the kernels and installing the development environment ...'
 	@$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e '.[dev]' \
+<<<<<<< HEAD
 		-C build-dir=build/dev -C 'cmake.define.LMKERN_ISAS=$(DEV_ISAS)' -C cmake.define.LMKERN_SIMT=ON \
 		-C cmake.define.LMKERN_CUDA=$(DEV_CUDA) -C 'cmake.define.LMKERN_CUDA_ARCHITECTURES=$(CUDA_ARCHS)'
+=======
+		-C build-dir=build/dev -C 'cmake.define.LMKERN_ISAS=$(DEV_ISAS)' \
+		-C cmake.define.LMKERN_CUDA=OFF -C cmake.define.LMKERN_SIMT=ON
+>>>>>>> main
 	@touch $@
 
 # The kernels' own tests against a build with AddressSanitizer and UndefinedBehaviorSanitizer. Its
@@ -123,8 +128,13 @@ test-asan: build
 	@echo 'building the kernels with sanitizers ...'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)-asan/bin/python -m pip install -q --no-build-isolation --no-deps \
 		--force-reinstall . -C build-dir=build/asan -C cmake.build-type=RelWithDebInfo \
+<<<<<<< HEAD
 		-C 'cmake.define.LMKERN_ISAS=baseline;avx2' -C cmake.define.LMKERN_SANITIZE=address,undefined \
 		-C cmake.define.LMKERN_CUDA=OFF
+=======
+		-C 'cmake.define.LMKERN_ISAS=baseline;avx2' -C cmake.define.LMKERN_CUDA=OFF -C cmake.define.LMKERN_SIMT=ON \
+		-C cmake.define.LMKERN_SANITIZE=address,undefined
+>>>>>>> main
 	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(VENV)-asan/bin/python -m pytest $(ASAN_TESTS) -q -s $(ARGS)  # -s: a report would die with the process
