@@ -7,8 +7,12 @@
 # The PTX is that of 100: it has all that kernels take from 9.0 on (clusters, bulk copies), so that what
 # they choose by the device's capability is there, and drivers compile it for 11.0 and for whatever comes
 # after 12. PTX of 120 would leave out 11.0, PTX of 90a is for 9.0 alone.
-set(LMKERN_CUDA_ARCHITECTURES "80-real;90a-real;100-real;120-real;100-virtual" CACHE STRING
-  "Architectures of the CUDA kernels, as CMake's CUDA_ARCHITECTURES: 90a-real (binary), 100-virtual (PTX), 80 (both)")
+set(default 80-real 90a-real 100-real 120-real 100-virtual)
+set(LMKERN_CUDA_ARCHITECTURES "" CACHE STRING
+  "GPUs to build the CUDA kernels for, as CMake's CUDA_ARCHITECTURES: 90a-real (binary), 100-virtual (PTX), 80 (both); empty: all")
+if(NOT LMKERN_CUDA_ARCHITECTURES)
+  set(LMKERN_CUDA_ARCHITECTURES ${default})
+endif()
 option(LMKERN_CUDA_CHECK "Fail where a kernel takes more registers or spills more than it says" OFF)
 
 set(LMKERN_BUILD_CUDA OFF)

@@ -27,7 +27,7 @@ struct BagForward {
   IndexErrors errors, offset_errors;
 };
 
-// registers: 88, spills: 0
+// registers: 80, spills: 0
 template <class S, int kVec, bool kMax>
 LMKERN_KERNEL(kThreads, 3)
 sum_bags(BagForward<S> f) {

@@ -25,7 +25,7 @@ struct Positions {
   std::int32_t* term;     // [N]
 };
 
-// registers: 40, spills: 0
+// registers: 32, spills: 0
 template <class S>
 LMKERN_KERNEL(kThreads, 4)
 locate_positions(BagView bags, const S* samples, Positions<S> to) {
@@ -119,7 +119,7 @@ struct SampleGradient {
   IndexErrors errors;
 };
 
-// registers: 88, spills: 0
+// registers: 80, spills: 0
 template <class S, int kVec>
 LMKERN_KERNEL(kThreads, 3)
 sample_gradient(SampleGradient<S> g) {
