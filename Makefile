@@ -4,6 +4,8 @@
 #   make demo    build, train two small language models for a minute each, print generated text
 #   make test    the test suite (make test-long: the long tests, make test-asan: under sanitizers)
 #   make bench   the benchmark table against torch, written to bench/results/
+#   make test-cuda, make bench-cuda    the same on an NVIDIA GPU, each in less than ten minutes; with
+#                LMKERN_PYTHON=python3 by an interpreter that has a wheel of lmkern: nothing is built
 #   make lint    ruff, mypy, clang-format        make fmt    rewrite in place
 #   make wheel   dist/lmkern-*.whl, CPU and CUDA; PYTHON=3.12 for another interpreter than .venv's,
 #                CUDA_ARCHS='90a-real' for some GPUs alone (cmake/Cuda.cmake), CUDA=OFF for none
@@ -33,7 +35,7 @@ INTERPRETER := $(if $(VERSION),$(shell for p in python$(VERSION) \
 	$${PYENV_ROOT:-$$HOME/.pyenv}/versions/$(VERSION).*/bin/python; do \
 	$$p -c '' 2>/dev/null && echo $$p && break; done || echo python$(VERSION)),$(PYTHON))
 
-.PHONY: demo test test-long test-asan bench lint fmt wheel clean build check-tools
+.PHONY: demo test test-long test-asan test-cuda bench bench-cuda lint fmt wheel clean build check-tools
 .DELETE_ON_ERROR:
 
 demo: build
@@ -49,6 +51,15 @@ bench: build
 	@mkdir -p bench/results
 	@$(BIN)/python -m pytest bench -o python_files='bench_*.py' -q --benchmark-columns=median,rounds \
 		--benchmark-json=bench/results/latest.json $(ARGS)
+
+# Neither needs a compiler where LMKERN_PYTHON names an interpreter.
+CUDA_PYTHON := $(or $(LMKERN_PYTHON),$(BIN)/python)
+
+test-cuda: $(if $(LMKERN_PYTHON),,build)
+	@$(CUDA_PYTHON) tests/run_cuda.py $(ARGS)
+
+bench-cuda: $(if $(LMKERN_PYTHON),,build)
+	@$(CUDA_PYTHON) bench/run_cuda.py $(ARGS)
 
 lint: build
 	@$(BIN)/ruff check .

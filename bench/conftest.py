@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -86,34 +85,6 @@ def compare(benchmark: Any, request: pytest.FixtureRequest):
     return run
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric mean, worst and best ratio and fraction of the ceiling, by topic and threads."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["topic"], row["threads"]), []).append(row)
-    return [
-        {
-            "topic": topic,
-            "threads": threads,
-            "cases": len(group),
-            "ratio": statistics.geometric_mean(row["ratio"] for row in group),
-            "worst": min(row["ratio"] for row in group),
-            "best": max(row["ratio"] for row in group),
-            "fraction": [min(r["fraction"] for r in group), max(r["fraction"] for r in group)],
-        }
-        for (topic, threads), group in sorted(groups.items())
-    ]
-
-
-def rounded(value: Any) -> Any:
-    """Four digits, all that a measurement has."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list) else value
-
-
 def write_table(path: Path, config: pytest.Config) -> None:
     arguments = f"--seconds {config.getoption('--seconds')}"
     arguments += " --no-compile" * config.getoption("--no-compile")
@@ -124,11 +95,11 @@ def write_table(path: Path, config: pytest.Config) -> None:
         "lmkern": lmkern.info(),
         "note": "ratio: best peer's time / ours, median of interleaved rounds; "
         f"made by `make bench ARGS='{arguments}'`{selected}",
-        "summary": summarise(ROWS),
+        "summary": harness.summarise(ROWS),
         "rows": ROWS,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rounded(table), indent=1) + "\n")
+    path.write_text(json.dumps(harness.rounded(table), indent=1) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -150,7 +121,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         )
     out("")
     out(f"{'topic':<32} thr cases  mean  worst   best  of ceiling")
-    for group in summarise(ROWS):
+    for group in harness.summarise(ROWS):
         low, high = group["fraction"]
         out(
             f"{group['topic']:<32} {group['threads']:>3} {group['cases']:>5} {group['ratio']:>5.2f} "

@@ -5,7 +5,8 @@ These are the rules, because machines drift by a factor of two within minutes:
 - correctness is checked before anything is timed;
 - in each round every contender runs once, in rotating order; the ratio of a peer is the median over
   rounds of its time divided by ours in the same round, and the *best* peer counts;
-- the ceiling (FMA rate, copy or read bandwidth) is measured right beside the case.
+- the ceiling (FMA rate, copy or read bandwidth) is measured right beside the case; a GPU's, which do
+  not drift so, once (cuda_timer.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Case:
 
     ``reads``: the bytes are all but only read, so that a copy's rate is no ceiling.
     ``topic``: the group in the summary; without it, the part of the name before the sizes.
+    ``ceiling``: the rate to compare with, where it need not be measured.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Case:
     extra: dict[str, Any] = field(default_factory=dict)
     topic: str = ""
     reads: bool = False
+    ceiling: float = 0.0
 
     def __post_init__(self) -> None:
         self.topic = self.topic or re.split(r" [\w,]+=", self.name, maxsplit=1)[0]
@@ -55,7 +58,7 @@ def copy_ceiling(megabytes: int = 64) -> float:
     """Bytes/s (read + written) of a copy between two live buffers larger than any cache we count on."""
     source = torch.ones(megabytes << 18)
     target = torch.empty_like(source)
-    best = min(_timed(lambda: target.copy_(source)) for _ in range(6))
+    best = min(wall_seconds(lambda: target.copy_(source)) for _ in range(6))
     return 2 * source.numel() * 4 / best
 
 
@@ -70,34 +73,48 @@ def read_ceiling(size: float) -> float:
         lambda: torch.dot(buffer[0].view(-1), buffer[1].view(-1)),
         lambda: torch.mv(buffer.view(-1, 1024), vector),
     )
-    best = min(_timed(run) for _ in range(10) for run in runs)
+    best = min(wall_seconds(run) for _ in range(10) for run in runs)
     return buffer.numel() * 4 / best
 
 
-def _timed(run: Run) -> float:
+def wall_seconds(run: Run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def measure(case: Case, seconds: float) -> dict[str, Any]:
-    """Run one case for about ``seconds`` and return its row."""
+def measure(
+    case: Case,
+    seconds: float,
+    timer: Callable[[Run], float] = wall_seconds,
+    prepare: Callable[[dict[str, Run]], tuple[dict[str, Run], dict[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """Run one case for about ``seconds`` and return its row.
+
+    ``timer``: seconds of one run. ``prepare``: the contenders in the form that is timed, and what the
+    row says of it.
+    """
     case.check()
     contenders = {"lmkern": case.ours, **case.peers}
     names = list(contenders)
     for run in contenders.values():  # first calls: compilation, allocation, page faults
         run()
         run()
-    slowest = sum(_timed(run) for run in contenders.values())
+    timing: dict[str, Any] = {}
+    if prepare is not None:
+        contenders, timing = prepare(contenders)
+    slowest = sum(timer(run) for run in contenders.values())
     rounds = int(min(200, max(5, seconds / slowest)))
-    if case.flops:
+    if case.ceiling:
+        ceiling = case.ceiling
+    elif case.flops:
         ceiling = fma_ceiling(torch.get_num_threads())
     else:
         ceiling = read_ceiling(case.bytes) if case.reads else copy_ceiling()
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            times[name].append(_timed(contenders[name]))
+            times[name].append(timer(contenders[name]))
     ratios = {
         peer: statistics.median(t / o for t, o in zip(times[peer], times["lmkern"], strict=True))
         for peer in case.peers
@@ -121,8 +138,37 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         "ceiling": ceiling,
         "fraction": rate / ceiling,
         "rounds": rounds,
+        **timing,
         **case.extra,
     }
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Geometric mean, worst and best ratio and fraction of the ceiling, by topic and threads."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["topic"], row["threads"]), []).append(row)
+    return [
+        {
+            "topic": topic,
+            "threads": threads,
+            "cases": len(group),
+            "ratio": statistics.geometric_mean(row["ratio"] for row in group),
+            "worst": min(row["ratio"] for row in group),
+            "best": max(row["ratio"] for row in group),
+            "fraction": [min(r["fraction"] for r in group), max(r["fraction"] for r in group)],
+        }
+        for (topic, threads), group in sorted(groups.items())
+    ]
+
+
+def rounded(value: Any) -> Any:
+    """Four digits, all that a measurement has."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
 
 
 def infer(call: Callable[..., Any], inputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:

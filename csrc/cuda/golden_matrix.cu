@@ -84,7 +84,7 @@ std::uint32_t operand(int x) {
   }
 }
 
-// D = A B + C with fragments laid out by PTX 9.7.14.5.4 (.tf32) and 9.7.14.5.8 (.bf16, .f16).
+// D = A B + C with fragments laid out by PTX 9.7.14.5.7 (.tf32) and 9.7.14.5.8 (.bf16, .f16).
 template <class S>
 std::string multiply(const char* what, const Matrix& a, const Matrix& b, const Matrix& c) {
   constexpr int kDepth = sizeof(S) == 4 ? 8 : 16;

@@ -31,6 +31,7 @@ commands:
   eval      loss and perplexity of a trained model
   generate  sample text from a trained model
   info      what this installation can do: kernels, instruction set, versions
+  selftest  check that GPUs do what lmkern's CUDA kernels are built on
 
 examples:
   lmkern demo
@@ -379,12 +380,24 @@ def _info(arguments: list[str]) -> int:
     return 0
 
 
+def _selftest(arguments: list[str]) -> int:
+    if arguments in (["-h"], ["--help"]):
+        print("usage: lmkern selftest\n\nChecks every GPU against what lmkern's CUDA kernels are built on.")
+        return 0
+    if arguments:
+        raise UsageError(f"selftest takes no options, got {' '.join(arguments)}")
+    from ._selftest import run_selftest
+
+    return run_selftest()
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "train": _train,
     "eval": _eval,
     "generate": _generate,
     "info": _info,
+    "selftest": _selftest,
 }
 
 if __name__ == "__main__":

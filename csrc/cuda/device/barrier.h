@@ -33,12 +33,13 @@ LMKERN_DEVICE void named_barrier(int id, int threads LMKERN_AND_SITE) {
 }
 
 // PTX 9.7.13.4, barrier.cluster: all threads of all blocks of the cluster. Between the two a thread
-// may do what needs nothing from the others. sm_90.
+// may do what needs nothing from the others. sm_90. (Like the block's not .aligned, which would want
+// the threads of a warp to come together.)
 LMKERN_DEVICE void cluster_arrive(LMKERN_SITE) {
 #if defined(LMKERN_SIMT)
   simt::cluster_arrive(site);
 #elif __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #else
   __trap();
 #endif
@@ -47,7 +48,7 @@ LMKERN_DEVICE void cluster_wait(LMKERN_SITE) {
 #if defined(LMKERN_SIMT)
   simt::cluster_wait(site);
 #elif __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
   __trap();
 #endif

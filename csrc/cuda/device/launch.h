@@ -57,8 +57,9 @@ bool fits(const Grid&) {
 using Stream = cudaStream_t;
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("lmkern: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it would be reported once more, for another launch
+  throw std::runtime_error(std::string("lmkern: ") + what + ": " + cudaGetErrorString(error));
 }
 
 // A launch of CUDA's; its attributes live as long as this object.

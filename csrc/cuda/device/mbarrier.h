@@ -16,7 +16,9 @@ LMKERN_DEVICE void mbarrier_init(Mbarrier* barrier, int arrivals LMKERN_AND_SITE
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
                : "memory");
 #if __CUDA_ARCH__ >= 900
+  // For the threads of other blocks, and for the copy engine (PTX 9.7.9.25.2, async proxy).
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 #endif
 }

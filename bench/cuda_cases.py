@@ -1,0 +1,229 @@
+"""The cases of `make bench-cuda`: recurrent layers against cuDNN and FlashRNN, embeddings against torch
+and Liger-Kernel.
+
+Predicted from FLOPs and bytes: a recurrent layer of T steps is bound by the latency of a step, not by
+either rate, except at H = 1024 and B = 64; embeddings go at copy bandwidth.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import lmkern
+from bench_embedding import zipf_ids
+from bench_recurrent import layer_flops
+from harness import Case, Run, assert_close, infer, train
+from lmkern.functional import embedding, embedding_bag
+
+# Of the largest element of each result, against torch in the same dtype.
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass
+class Setting:
+    """Where the cases run, and how large they are; ``tiny``: a dry run."""
+
+    device: str
+    ceilings: dict[str, float]
+    tiny: bool = False
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+
+
+def cases(setting: Setting) -> list[tuple[str, Callable[[], Case]]]:
+    """Name and maker of each case; what matters most comes first, should the time not suffice."""
+    return [*_embedding_cases(setting), *_recurrent_cases(setting)]
+
+
+# ---- recurrent layers ----------------------------------------------------------------------------
+
+
+def _recurrent_cases(setting: Setting) -> Iterator[tuple[str, Callable[[], Case]]]:
+    T = 3 if setting.tiny else 512
+    hidden = [16] if setting.tiny else [64, 128, 256, 512, 768, 1024]
+    batches = [2] if setting.tiny else [1, 8, 16, 64]
+    # A third of the sizes of everything before the second third: a stopped run has seen all kinds.
+    sizes = [(H, B) for H in hidden for B in batches]
+    for part in range(3):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for training in (True, False):
+                for kind in ("LSTM", "GRU"):
+                    for H, B in sizes[part::3]:
+                        topic = f"{kind.lower()} {'training' if training else 'inference'} {short(dtype)}"
+                        yield (
+                            f"{topic} T,B,H={(T, B, H)}",
+                            lambda a=(setting, kind, training, dtype, T, B, H, topic): _recurrent(*a),
+                        )
+
+
+def _recurrent(
+    setting: Setting, kind: str, training: bool, dtype: torch.dtype, T: int, B: int, H: int, topic: str
+) -> Case:
+    torch.manual_seed(0)
+    made = {"device": setting.device, "dtype": dtype}
+    theirs = getattr(torch.nn, kind)(H, H, **made)
+    ours = getattr(lmkern.nn, kind)(H, H, **made)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, B, H, **made)
+    d_y = torch.randn(T, B, H, **made)
+
+    def stepper(call: Callable[..., Any], parameters: list[torch.Tensor]) -> Run:
+        if training:
+            return lambda: train(lambda x: [call(x)], [x], [d_y], parameters)
+        return lambda: infer(lambda x: [call(x)], [x])
+
+    def layer(module: torch.nn.Module) -> Run:
+        return stepper(lambda x: module(x)[0], list(module.parameters()))
+
+    run = layer(ours)
+    exact = with_tf32(False, layer(theirs))
+    peers = {"torch": exact}
+    if dtype == torch.float32 and setting.device == "cuda":
+        peers["torch tf32"] = with_tf32(True, layer(theirs))
+    extra: dict[str, Any] = {}
+    try:
+        if flash := _flashrnn(kind, theirs, dtype):
+            peers["flashrnn"] = stepper(*flash)
+            peers["flashrnn"]()
+    except Exception as error:
+        peers.pop("flashrnn", None)
+        extra["no_flashrnn"] = f"{type(error).__name__}: {error}"[:200]
+    return Case(
+        f"{topic} T,B,H={(T, B, H)}",
+        ours=run,
+        peers=peers,
+        check=lambda: assert_close(run(), exact(), TOLERANCE[dtype], "torch"),
+        flops=layer_flops(kind, T * B, H, H, training),
+        ceiling=setting.ceilings[str(dtype).removeprefix("torch.")],
+        topic=topic,
+        extra=extra,
+    )
+
+
+def with_tf32(allowed: bool, run: Run) -> Run:
+    """``run`` with cuDNN's float32 products in tf32, as torch has them by default, or not."""
+
+    def chosen() -> Any:
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = allowed
+        try:
+            return run()
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+
+    return chosen
+
+
+def _flashrnn(
+    kind: str, layer: torch.nn.Module, dtype: torch.dtype
+) -> tuple[Callable[..., Any], list[torch.Tensor]] | None:
+    """FlashRNN's layer of the same size, input product included, and its parameters. Its gates have an
+    order of their own: its time is compared, not its result."""
+    try:
+        flashrnn = importlib.import_module("flashrnn.flashrnn").flashrnn
+    except ImportError:
+        return None
+    w_ih, w_hh = layer.weight_ih_l0, layer.weight_hh_l0
+    H = w_hh.shape[1]
+    gates = w_hh.shape[0] // H
+    w = w_ih.detach().clone().requires_grad_()
+    r = w_hh.detach().reshape(gates, 1, H, H).clone().requires_grad_()
+    b = torch.zeros(gates, 1, H, device=r.device, dtype=dtype, requires_grad=True)
+    name = str(dtype).removeprefix("torch.")
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        T, B = x.shape[:2]
+        wx = F.linear(x.transpose(0, 1), w).reshape(B, T, gates, 1, H)
+        states, _ = flashrnn(wx, r, b, function=kind.lower(), backend="cuda_fused", dtype=name)
+        return states[0].reshape(B, T, H).transpose(0, 1)
+
+    return call, [w, r, b]
+
+
+# ---- embeddings ----------------------------------------------------------------------------------
+
+
+def _embedding_cases(setting: Setting) -> Iterator[tuple[str, Callable[[], Case]]]:
+    # (V, D, N)
+    sizes = [(50257, 768, 8192), (128256, 4096, 8192), (10000, 256, 65536)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for training in (False, True):
+            for size in [(50, 16, 20)] if setting.tiny else sizes:
+                for bag in (1, 16):
+                    name = "embedding" if bag == 1 else "embedding_bag"
+                    topic = f"{name} {'training' if training else 'forward'} {short(dtype)}"
+                    yield (
+                        f"{topic} V,D,N={size}",
+                        lambda a=(setting, training, dtype, size, bag, topic): _embedding(*a),
+                    )
+
+
+def _embedding(
+    setting: Setting,
+    training: bool,
+    dtype: torch.dtype,
+    size: tuple[int, int, int],
+    bag: int,
+    topic: str,
+) -> Case:
+    torch.manual_seed(0)
+    V, D, N = size
+    ids = zipf_ids(V, N).to(setting.device)
+    table = torch.randn(V, D, device=setting.device, dtype=dtype)
+    rows = N // bag
+    d_out = torch.randn(rows, D, device=setting.device, dtype=dtype)
+    offsets = torch.arange(0, rows * bag, bag, device=setting.device)
+    ids = ids[: rows * bag]
+
+    def stepper(lookup: Callable[..., torch.Tensor]) -> Run:
+        weight = torch.nn.Parameter(table.clone())
+
+        def step() -> list[torch.Tensor]:
+            if not training:
+                with torch.no_grad():
+                    return [lookup(weight)]
+            weight.grad = None
+            out = lookup(weight)
+            out.backward(d_out)
+            return [out.detach(), weight.grad]
+
+        return step
+
+    extra: dict[str, Any] = {}
+    if bag > 1:
+        run = stepper(lambda w: embedding_bag(ids, w, offsets, mode="sum"))
+        peers = {"torch": stepper(lambda w: F.embedding_bag(ids, w, offsets, mode="sum"))}
+    else:
+        run = stepper(lambda w: embedding(ids, w))
+        peers = {"torch": stepper(lambda w: F.embedding(ids, w))}
+        try:
+            liger = importlib.import_module(
+                "liger_kernel.ops.experimental.embedding"
+            ).LigerEmbeddingFunction
+            peers["liger"] = stepper(lambda w: liger.apply(w, ids))
+            peers["liger"]()
+        except ImportError:
+            pass
+        except Exception as error:
+            peers.pop("liger", None)
+            extra["no_liger"] = f"{type(error).__name__}: {error}"[:200]
+    torch_step = peers["torch"]
+    moved = ids.numel() + rows + training * (rows + ids.unique().numel())
+    return Case(
+        f"{topic} V,D,N={size}",
+        ours=run,
+        peers=peers,
+        check=lambda: assert_close(run(), torch_step(), TOLERANCE[dtype], "torch"),
+        bytes=moved * D * table.element_size(),
+        ceiling=setting.ceilings["copy"],
+        topic=topic,
+        extra=extra,
+    )
