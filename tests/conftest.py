@@ -58,7 +58,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "isa" in metafunc.fixturenames:
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "isa" in metafunc.fixturenames and "isa" not in own:
         from lmkern import _C
 
         device = metafunc.config.getoption("--device")
