@@ -13,7 +13,8 @@ constexpr int kMaxDevices = 64;
 #if defined(LMKERN_SIMT)
 
 IndexRecord* all_records() {
-  static IndexRecord records[kMaxDevices];  // static: memory that the emulator knows
+  static IndexRecord records[kMaxDevices];
+  static const simt::GlobalMemory known(records, sizeof records);
   return records;
 }
 int current_device() { return 0; }
