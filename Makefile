@@ -117,13 +117,8 @@ $(VENV)-3.%/.tools: pyproject.toml constraints.txt | check-tools
 $(VENV)/.built: $(BUILD_FILES) $(VENV)/.tools $(if $(filter ON,$(DEV_CUDA)),$(VENV)/.cuda)
 	@echo 'building the kernels and installing the development environment ...'
 	@$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e '.[dev]' \
-<<<<<<< HEAD
 		-C build-dir=build/dev -C 'cmake.define.LMKERN_ISAS=$(DEV_ISAS)' -C cmake.define.LMKERN_SIMT=ON \
 		-C cmake.define.LMKERN_CUDA=$(DEV_CUDA) -C 'cmake.define.LMKERN_CUDA_ARCHITECTURES=$(CUDA_ARCHS)'
-=======
-		-C build-dir=build/dev -C 'cmake.define.LMKERN_ISAS=$(DEV_ISAS)' \
-		-C cmake.define.LMKERN_CUDA=OFF -C cmake.define.LMKERN_SIMT=ON
->>>>>>> main
 	@touch $@
 
 # The kernels' own tests against a build with AddressSanitizer and UndefinedBehaviorSanitizer. Its
@@ -131,7 +126,8 @@ $(VENV)/.built: $(BUILD_FILES) $(VENV)/.tools $(if $(filter ON,$(DEV_CUDA)),$(VE
 ASAN_TESTS := $(addprefix tests/test_,vec_math.py recurrent.py recurrent_step.py recurrent_options.py \
 	recurrent_layer_options.py attention.py attention_options.py position.py embedding.py embedding_bag.py \
 	cross_entropy.py linear_cross_entropy.py norm.py norm_add.py activation.py dropout.py optim.py \
-	token_position.py quantized_embedding.py memory.py tie.py)
+	token_position.py quantized_embedding.py memory.py tie.py \
+	simt.py golden.py cuda_recurrent.py cuda_embedding.py)
 test-asan: build
 	@test -x $(VENV)-asan/bin/python || $(BIN)/python -m venv $(VENV)-asan
 	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
@@ -139,13 +135,8 @@ test-asan: build
 	@echo 'building the kernels with sanitizers ...'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)-asan/bin/python -m pip install -q --no-build-isolation --no-deps \
 		--force-reinstall . -C build-dir=build/asan -C cmake.build-type=RelWithDebInfo \
-<<<<<<< HEAD
-		-C 'cmake.define.LMKERN_ISAS=baseline;avx2' -C cmake.define.LMKERN_SANITIZE=address,undefined \
-		-C cmake.define.LMKERN_CUDA=OFF
-=======
-		-C 'cmake.define.LMKERN_ISAS=baseline;avx2' -C cmake.define.LMKERN_CUDA=OFF -C cmake.define.LMKERN_SIMT=ON \
+		-C cmake.define.LMKERN_ISAS=avx2 -C cmake.define.LMKERN_CUDA=OFF -C cmake.define.LMKERN_SIMT=ON \
 		-C cmake.define.LMKERN_SANITIZE=address,undefined
->>>>>>> main
 	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(VENV)-asan/bin/python -m pytest $(ASAN_TESTS) -q -s $(ARGS)  # -s: a report would die with the process
