@@ -123,8 +123,8 @@ test-asan: build
 	@echo 'building the kernels with sanitizers ...'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)-asan/bin/python -m pip install -q --no-build-isolation --no-deps \
 		--force-reinstall . -C build-dir=build/asan -C cmake.build-type=RelWithDebInfo \
-		-C 'cmake.define.LMKERN_ISAS=baseline;avx2' -C cmake.define.LMKERN_SANITIZE=address,undefined \
-		-C cmake.define.LMKERN_CUDA=OFF
+		-C 'cmake.define.LMKERN_ISAS=baseline;avx2' -C cmake.define.LMKERN_CUDA=OFF -C cmake.define.LMKERN_SIMT=ON \
+		-C cmake.define.LMKERN_SANITIZE=address,undefined
 	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(VENV)-asan/bin/python -m pytest $(ASAN_TESTS) -q -s $(ARGS)  # -s: a report would die with the process
