@@ -46,7 +46,6 @@ def pytest_configure(config: pytest.Config) -> None:
             "filterwarnings", "ignore:.*no kernel for device 'cuda' yet:lmkern.LmkernWarning"
         )
     if device in ("cuda", "meta"):
-        import lmkern.models  # whose layers are to be moved
         from on_device import install
 
         install(device)
@@ -59,7 +58,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "isa" in metafunc.fixturenames:
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "isa" in metafunc.fixturenames and "isa" not in own:
         from lmkern import _C
 
         device = metafunc.config.getoption("--device")

@@ -63,7 +63,9 @@ def install(device: str) -> None:
 def _replace_torch(replacement: TorchOnDevice) -> None:
     real_import = builtins.__import__
 
-    def import_(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0):
+    def import_(
+        name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
+    ):
         module = real_import(name, globals, locals, fromlist, level)
         # `import torch` and `import torch.nn`: both bind the module that is returned here.
         if module is torch and not fromlist and _is_test((globals or {}).get("__file__")):

@@ -20,6 +20,8 @@ from lmkern.models import load_pretrained
 from lmkern.train import Trainer, Updater, evaluate
 from lmkern.train.average import WeightAverage, is_stuck
 
+pytestmark = pytest.mark.cpu_only("runs commands and trainers that choose their device")
+
 SGD = {"optimizer": "sgd", "learning_rate": 2.0, "schedule": "constant", "warmup_steps": 0}
 
 

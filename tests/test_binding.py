@@ -13,6 +13,8 @@ import torch
 import lmkern
 from lmkern import _C
 
+pytestmark = pytest.mark.cpu_only("the binding of the CPU's module")
+
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

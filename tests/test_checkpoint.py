@@ -37,6 +37,8 @@ from lmkern.train.checkpoint import (
     restore_random,
 )
 
+pytestmark = pytest.mark.cpu_only("runs commands and trainers that choose their device")
+
 each_family = pytest.mark.parametrize("family", ["gpt", "lstm"])
 
 

@@ -15,6 +15,8 @@ from lm_helpers import python_environment, run_python
 from lmkern.cli import main
 from lmkern.train import Updater
 
+pytestmark = pytest.mark.cpu_only("runs commands and trainers that choose their device")
+
 TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps.\n" * 60
 TINY = {
     "gpt": ["--gpt.n_layer", "1", "--gpt.n_embd", "12", "--gpt.n_head", "2"],

@@ -17,6 +17,8 @@ import lmkern
 from convert_helpers import B, H, I, T, all_types, is_ours
 from lmkern._layer_kinds import KINDS
 
+pytestmark = pytest.mark.cpu_only("expects every kind of layer to have a kernel")
+
 
 def sequence(*shape: int) -> Callable[[], tuple[Any, ...]]:
     return lambda: (torch.randn(*shape),)

@@ -9,6 +9,8 @@ from torch import nn
 import lmkern
 from convert_helpers import H, I, all_types, is_ours
 
+pytestmark = pytest.mark.cpu_only("expects every kind of layer to have a kernel")
+
 
 class OwnForward(nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from lmkern import _C, reference
 from lmkern.ops import recurrent_passes
 from lmkern.ops.recurrent import recurrence
 
+pytestmark = pytest.mark.cpu_only("the emulator has its own modules")
+
 SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2), ("random", 3)]
 # of ||ours - float64|| / ||float64||, the recurrence in between included
 TOLERANCE = {

@@ -23,6 +23,8 @@ from lmkern.data import (
 )
 from lmkern.data import tokenizer as tokenizer_module
 
+pytestmark = pytest.mark.cpu_only("runs commands and trainers that choose their device")
+
 TEXT = "Zwölf Boxkämpfer\n\njagen  Viktor\tquer über\r\nden großen Sylter Deich 😀.\0\n" * 20
 
 

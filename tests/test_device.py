@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lmkern
+import lmkern.models
 
 AT_IMPORT = torch.ones(2)
 MAKERS = {
@@ -23,7 +24,9 @@ MAKERS = {
     "like": lambda: torch.randn_like(torch.ones(2)),
     "Linear": lambda: torch.nn.Linear(2, 3).weight,
     "LSTM": lambda: lmkern.nn.LSTM(2, 3).weight_hh_l0,
-    "GPT": lambda: lmkern.models.GPT(lmkern.models.GPTConfig(n_layer=1, n_head=1, n_embd=8)).position_embedding,
+    "GPT": lambda: (
+        lmkern.models.GPT(lmkern.models.GPTConfig(n_layer=1, n_head=1, n_embd=8)).position_embedding
+    ),
     "import": lambda: AT_IMPORT,
     "Sequential": lambda: torch.nn.Sequential(torch.nn.Linear(2, 2))[0].bias,
 }

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmkern
-from lmkern import _C, reference
+from lmkern import reference
 from lmkern.functional import embedding_bag
+from lmkern.ops.backend import kernels_of, takes_cuda
 from oracle import assert_oracle
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -210,14 +211,18 @@ def test_gradcheck(mode):
 
 def test_kernels_are_called(monkeypatch):
     called = []
-    for name in ("forward", "backward", "weights_backward"):
-        kernel = getattr(_C, f"embedding_bag_{name}")
-        monkeypatch.setattr(
-            _C, f"embedding_bag_{name}", lambda *a, n=name, k=kernel: (called.append(n), k(*a))[1]
-        )
     layer, samples = lmkern.nn.EmbeddingBag(5, 7, mode="sum"), torch.ones(2, 2, requires_grad=True)
+    backward = "sorted_backward" if takes_cuda(samples) else "backward"
+    for name in ("forward", backward, "weights_backward"):
+        kernels = kernels_of(samples)
+        kernel = getattr(kernels, f"embedding_bag_{name}")
+        monkeypatch.setattr(
+            kernels,
+            f"embedding_bag_{name}",
+            lambda *a, n=name, k=kernel: (called.append(n), k(*a))[1],
+        )
     layer(torch.tensor([[1, 2], [0, 0]]), per_sample_weights=samples).sum().backward()
-    assert called == ["forward", "backward", "weights_backward"]
+    assert called == ["forward", backward, "weights_backward"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -321,9 +326,6 @@ I = torch.tensor
         ((I([[1]]), I([0])), {}, ValueError, r"offsets must be given with input \[N\], and only then"),
         ((I([[[1]]]),), {}, ValueError, r"input must be \[B, L\] or \[N\], got \[1, 1, 1\]"),
         ((I([1.0]), I([0])), {}, TypeError, "input must be int32 or int64, got torch.float32"),
-        ((I([1]), I([1])), {}, ValueError, r"offsets\[0\] must be 0, got 1"),
-        ((I([1, 2]), I([0, 2, 1])), {}, ValueError, "offsets must not decrease, got 2 before 1 at position 2"),
-        ((I([1, 2]), I([0, 3])), {}, ValueError, "offsets must not exceed N = 2, got 3"),
         ((I([1, 2]), I([0.0])), {}, TypeError, "offsets must be int32 or int64, got float32"),
         ((I([1, 2]), I([[0]])), {}, ValueError, r"offsets must be \[B\], got \[1, 1\]"),
         ((I([1]), I([], dtype=torch.int64)), {"include_last_offset": True}, ValueError, r"offsets must be \[B \+ 1\], got \[0\]"),
@@ -340,3 +342,21 @@ def test_bad_arguments(arguments, options, error, match):
         with pytest.raises(error, match=match) as caught:
             embedding_bag(ids, torch.zeros(10, 4, requires_grad=grad), *offsets, **options)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "match", "at"),
+    [
+        ([1], r"offsets\[0\] must be 0, got 1", 0),
+        ([0, 2, 1], "offsets must not decrease, got 2 before 1 at position 2", 2),
+        ([0, 3], "offsets must not exceed N = 2, got 3", 1),
+    ],
+    ids=["begin", "decrease", "end"],
+)
+def test_bad_offsets(offsets, match, at):
+    weight, error = torch.zeros(10, 4), ValueError
+    if takes_cuda(weight):  # nobody reads them before the kernel does
+        match = f"not exceed N = 2, got {offsets[at]} at position \\[{at}\\]"
+        error = IndexError
+    with pytest.raises(error, match=match):
+        embedding_bag(torch.tensor([1, 2]), weight, torch.tensor(offsets))

@@ -20,6 +20,8 @@ from lmkern.functional import embedding, embedding_bag
 from lmkern.ops import gradient_buffer
 from lmkern.ops.gradient_buffer import lazily_zeroed
 
+pytestmark = pytest.mark.cpu_only("memory of the CPU")
+
 V, D = 700, 101  # large enough to have a buffer
 
 

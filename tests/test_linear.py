@@ -14,6 +14,8 @@ from lmkern.functional import linear
 from lmkern.ops import linear as op
 from oracle import assert_oracle
 
+pytestmark = pytest.mark.cpu_only("CPU kernels")
+
 needs_amx = pytest.mark.skipif(
     "amx" not in _C.supported_isas(), reason="this machine cannot run the amx kernels"
 )

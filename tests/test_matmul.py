@@ -14,6 +14,8 @@ from lmkern import _C
 from lmkern.ops import library
 from oracle import EPSILON, relative_error
 
+pytestmark = pytest.mark.cpu_only("CPU kernels")
+
 HAS_AMX = "amx" in _C.supported_isas()
 needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this machine cannot run the amx kernels")
 

@@ -15,6 +15,8 @@ import lmkern
 from lmkern import _C
 from lmkern.ops.memory import fresh
 
+pytestmark = pytest.mark.cpu_only("memory of the CPU")
+
 MIB = 1 << 20
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.cpu_only("memory of the CPU")
+
 MIB = 1 << 20
 
 # peak(run) -> bytes that `run` took on top of what was resident before it, at most at once.

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu_only("the emulator has its own modules")
+
 SOURCE = Path(__file__).parents[1] / "csrc" / "simt" / "planted.cu"
 SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2), ("random", 3)]
 # What every mode reports; the rest shows in race mode, and out of bounds under AddressSanitizer, too.

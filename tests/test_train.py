@@ -19,6 +19,8 @@ from lmkern.train import TrainConfig, Trainer, Updater, evaluate
 from lmkern.train.config import learning_rate
 from lmkern.train.updater import make_optimizer
 
+pytestmark = pytest.mark.cpu_only("runs commands and trainers that choose their device")
+
 each_family = pytest.mark.parametrize("family", ["gpt", "lstm"])
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 import lmkern
 
+pytestmark = pytest.mark.cpu_only("whole models of others, made by others")
+
 transformers = pytest.importorskip("transformers")
 lmkern.register_transformers()
 

@@ -11,6 +11,8 @@ import torch
 
 from lmkern import _C
 
+pytestmark = pytest.mark.cpu_only("CPU kernels")
+
 # function -> (float, double) in ULP
 BOUNDS = {
     "exp": (1.5, 1.5),

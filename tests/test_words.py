@@ -16,6 +16,8 @@ from lmkern.models import load_pretrained
 from lmkern.train.checkpoint import resolve_model_directory
 from test_cli import CONFIGS
 
+pytestmark = pytest.mark.cpu_only("runs commands and trainers that choose their device")
+
 # As the Penn Treebank's files: a space before and after every line's words.
 TRAIN = " the cat sat on the <unk> \n the dog sat on N mats \n\n the end \n"
 VALID = " the bird sat on the end \n"

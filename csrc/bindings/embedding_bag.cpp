@@ -16,9 +16,8 @@ void bind_embedding_bag(pybind11::module_& m) {
   m.def("embedding_bag_sorted_backward",
         [](const Bags& bags, TensorView d_out, TensorView winners, TensorView kept, TensorView rows,
            TensorView order, TensorView d_weight, TensorView workspace, bool scale_grad_by_freq) {
-          call(embedding_bag_sorted_backward,
-               {embedding_bags(bags), d_out, winners, kept, rows, order, d_weight, workspace,
-                scale_grad_by_freq});
+          call(embedding_bag_sorted_backward, {embedding_bags(bags), d_out, winners, kept, rows,
+                                               order, d_weight, workspace, scale_grad_by_freq});
         });
   m.def("embedding_bag_sorted_workspace", cuda::embedding_bag_sorted_workspace);
 #else
@@ -30,12 +29,12 @@ void bind_embedding_bag(pybind11::module_& m) {
                                         stale, d_weight, sparse, scale_grad_by_freq});
         });
 #endif
-  m.def("embedding_bag_weights_backward", [](const Bags& bags, TensorView d_out, TensorView winners,
-                                             TensorView kept, TensorView weight,
-                                             TensorView d_per_sample_weights) {
-    call(embedding_bag_weights_backward,
-         {embedding_bags(bags), d_out, winners, kept, weight, d_per_sample_weights});
-  });
+  m.def("embedding_bag_weights_backward",
+        [](const Bags& bags, TensorView d_out, TensorView winners, TensorView kept,
+           TensorView weight, TensorView d_per_sample_weights) {
+          call(embedding_bag_weights_backward,
+               {embedding_bags(bags), d_out, winners, kept, weight, d_per_sample_weights});
+        });
 }
 
 }  // namespace lmkern

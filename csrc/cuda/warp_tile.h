@@ -25,8 +25,10 @@ struct WarpTile {
 
   LMKERN_DEVICE void clear() {
     LMKERN_UNROLL
-    for (int j = 0; j < kTileColumns / 8; ++j) LMKERN_UNROLL
-    for (int i = 0; i < 4; ++i) acc[j][i] = A(0);
+    for (int j = 0; j < kTileColumns / 8; ++j) {
+      LMKERN_UNROLL
+      for (int i = 0; i < 4; ++i) acc[j][i] = A(0);
+    }
   }
 
   // Of acc[j][i]: its row of the weights, and its row of the batch.
@@ -84,6 +86,9 @@ struct WarpTile {
     constexpr int kWide = 16 / static_cast<int>(sizeof(S));  // of a vector
     using V = Vector<S, kWide>;
     const int first_row = row(0), first_column = column(0, 0);
+    // Summed for itself, and then added: the rounding error of a long depth grows with the number of
+    // calls, not of terms.
+    A part[kTileColumns / 8][4] = {};
     for (int k = 0; k < depth; k += kWide) {
       V weights[4];
       LMKERN_UNROLL
@@ -101,10 +106,17 @@ struct WarpTile {
         if (8 * j >= columns) break;
         const V values = load_vector<V>(h + (first_column + 8 * j) * h_stride + k);
         LMKERN_UNROLL
-        for (int n = 0; n < kWide; ++n) LMKERN_UNROLL
-        for (int i = 0; i < 4; ++i)
-          acc[j][i] = multiply_add(weights[i].at[n], values.at[n], acc[j][i]);
+        for (int n = 0; n < kWide; ++n) {
+          LMKERN_UNROLL
+          for (int i = 0; i < 4; ++i)
+            part[j][i] = multiply_add(weights[i].at[n], values.at[n], part[j][i]);
+        }
       }
+    }
+    LMKERN_UNROLL
+    for (int j = 0; j < kTileColumns / 8; ++j) {
+      LMKERN_UNROLL
+      for (int i = 0; i < 4; ++i) acc[j][i] += part[j][i];
     }
   }
 };

@@ -72,10 +72,10 @@ struct EmbeddingKeysArgs {
 };
 
 struct EmbeddingSortedBackwardArgs {
-  TensorView d_out;          // [N, D]
-  TensorView rows, order;    // [N] int32, [N] int64
-  TensorView d_weight;       // [R, D] in, out: zeros; rows in [0, R) that occur are written
-  TensorView workspace;      // as many bytes as cuda::embedding_sorted_workspace says
+  TensorView d_out;        // [N, D]
+  TensorView rows, order;  // [N] int32, [N] int64
+  TensorView d_weight;     // [R, D] in, out: zeros; rows in [0, R) that occur are written
+  TensorView workspace;    // as many bytes as cuda::embedding_sorted_workspace says
   bool scale_grad_by_freq;
   double scale;  // of all rows
 };

@@ -45,8 +45,7 @@ void check_indices(const Check& check, const TensorView& indices, std::int64_t r
     for (std::int64_t i = 0; i < n; ++i) valid &= index[i] >= 0 && index[i] < rows;
     for (std::int64_t i = 0; !valid && i < n; ++i)
       if (index[i] < 0 || index[i] >= rows)
-        check.fail_index(
-            index_message(name, index[i], position_string(indices, i), extent, rows));
+        check.fail_index(index_message(name, index[i], position_string(indices, i), extent, rows));
   });
 }
 

@@ -186,6 +186,7 @@ def embedding_bag_weights_backward(
     bags: tuple[Any, ...],
     d_out: Tensor,
     winners: Tensor | None,
+    kept: Tensor | None,
     weight: Tensor,
     d_per_sample_weights: Tensor,
 ) -> None: ...

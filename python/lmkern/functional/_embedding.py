@@ -54,7 +54,8 @@ def embedding(
         [*input, D].
 
     Raises:
-        IndexError: an index outside [0, V), naming index, position and V.
+        IndexError: an index outside [0, V), naming index, position and V. On a GPU, later
+            (:func:`lmkern.synchronize`).
     """
     check_tensors("embedding", weight=weight, input=input)
     check_dims("embedding", "weight", weight, 2, "[V, D]")

@@ -65,7 +65,8 @@ def embedding_bag(
         [B, D].
 
     Raises:
-        IndexError: an index outside [0, V). ValueError: offsets that do not fit; an unknown mode.
+        IndexError: an index outside [0, V); on a GPU, later (:func:`lmkern.synchronize`), and for
+            offsets that do not fit, too. ValueError: offsets that do not fit; an unknown mode.
     """
     if isinstance(input, Tensor) and input.is_nested:
         samples = None if per_sample_weights is None else per_sample_weights.values()

@@ -186,7 +186,7 @@ def raise_index_error(module: Any) -> None:
 def synchronize(device: torch.device | str | int | None = None) -> None:
     """Wait for a GPU as :func:`torch.cuda.synchronize` does, then raise what its kernels reported.
 
-    A kernel on a GPU reads an index that is out of range as 0 and reports it, and the program goes on:
+    A kernel on a GPU takes the nearest row for an index that is out of range, reports it, and goes on:
     nothing waits for the GPU. The IndexError comes with the next call of a kernel of lmkern on a GPU, or
     here. With the environment variable ``CUDA_LAUNCH_BLOCKING=1``, as for torch's own errors, it comes
     from the call that has the bad index. Unlike after those, the GPU stays usable.
