@@ -57,15 +57,25 @@ def _recurrent_cases(setting: Setting) -> Iterator[tuple[str, Callable[[], Case]
             for training in (True, False):
                 for kind in ("LSTM", "GRU"):
                     for H, B in sizes[part::3]:
-                        topic = f"{kind.lower()} {'training' if training else 'inference'} {short(dtype)}"
+                        mode = "training" if training else "inference"
+                        topic = f"{kind.lower()} {mode} {short(dtype)}"
                         yield (
                             f"{topic} T,B,H={(T, B, H)}",
-                            lambda a=(setting, kind, training, dtype, T, B, H, topic): _recurrent(*a),
+                            lambda a=(setting, kind, training, dtype, T, B, H, topic): _recurrent(
+                                *a
+                            ),
                         )
 
 
 def _recurrent(
-    setting: Setting, kind: str, training: bool, dtype: torch.dtype, T: int, B: int, H: int, topic: str
+    setting: Setting,
+    kind: str,
+    training: bool,
+    dtype: torch.dtype,
+    T: int,
+    B: int,
+    H: int,
+    topic: str,
 ) -> Case:
     torch.manual_seed(0)
     made = {"device": setting.device, "dtype": dtype}

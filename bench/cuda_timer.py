@@ -41,7 +41,7 @@ class CudaTimer:
                 graphs[name] = _captured(run)
             except Exception as error:
                 torch.cuda.synchronize()
-                why = f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                why = " ".join(f"{name}: {type(error).__name__}: {error}".split())
                 return contenders, {"timing": "events", "not_captured": why[:200]}
         return graphs, {"timing": "graph"}
 
@@ -68,30 +68,31 @@ def _captured(run: Run) -> Run:
 
 def ceilings(quick: bool = False) -> dict[str, float]:
     """What the GPU reaches now: bytes/s (read + written) of a copy, FLOP/s of matrix products."""
-    timer = CudaTimer()
-    count = (1 << 22) if quick else (1 << 28)
-    source = torch.ones(count, device="cuda")
-    target = torch.empty_like(source)
-    rounds = 3 if quick else 20
-    rates = {
-        "copy": 2 * 4 * count / min(timer(lambda: target.copy_(source)) for _ in range(rounds))
-    }
-    del source, target
-    n = 512 if quick else 8192
+    timer, rounds = CudaTimer(), 3 if quick else 20
+    rates = {"copy": _copy_rate(timer, 1 << 22 if quick else 1 << 28, rounds)}
     before = torch.backends.cuda.matmul.allow_tf32
     for name, dtype in (
         ("bfloat16", torch.bfloat16), ("float16", torch.float16),
         ("tf32", torch.float32), ("float32", torch.float32),
     ):  # fmt: skip
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        for _ in range(2):
-            torch.mm(a, b, out=out)
-        best = min(timer(lambda: torch.mm(a, b, out=out)) for _ in range(rounds // 2))  # noqa: B023
-        rates[name] = 2 * n**3 / best
+        rates[name] = _product_rate(timer, 512 if quick else 8192, dtype, rounds // 2)
     torch.backends.cuda.matmul.allow_tf32 = before
     return rates
+
+
+def _copy_rate(timer: CudaTimer, count: int, rounds: int) -> float:
+    source = torch.ones(count, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * 4 * count / min(timer(lambda: target.copy_(source)) for _ in range(rounds))
+
+
+def _product_rate(timer: CudaTimer, n: int, dtype: torch.dtype, rounds: int) -> float:
+    a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    for _ in range(2):
+        torch.mm(a, b, out=out)
+    return 2 * n**3 / min(timer(lambda: torch.mm(a, b, out=out)) for _ in range(rounds or 1))
 
 
 def gpu_facts() -> dict[str, Any]:

@@ -68,8 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "not_measured": [n for n, _ in todo],
     }
     print(f"{facts['gpu']}, torch {torch.__version__}, lmkern {lmkern.__version__}")
-    print(", ".join(f"{k} {v / 1e9:,.0f} G{'B' if k == 'copy' else 'FLOP'}/s" for k, v in found.items()))
-    print(f"{'case':<50} {'ms':>9} {'ratio':>6}  {'best peer':<10} {'rate':>14} of ceiling", flush=True)
+    print(
+        ", ".join(
+            f"{k} {v / 1e9:,.0f} G{'B' if k == 'copy' else 'FLOP'}/s" for k, v in found.items()
+        )
+    )
+    print(
+        f"{'case':<50} {'ms':>9} {'ratio':>6}  {'best peer':<10} {'rate':>14} of ceiling",
+        flush=True,
+    )
     timer = CudaTimer() if gpu else harness.wall_seconds
     prepare = timer.prepare if isinstance(timer, CudaTimer) else None
     for done, (case_name, make) in enumerate(todo):

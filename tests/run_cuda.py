@@ -72,7 +72,9 @@ def run(jobs: list[Job], until: float) -> None:
                 job.process.wait()
                 job.state = "out of time"
             elif code is not None:
-                job.state = {0: "ok", 5: "no tests"}.get(code, f"failed ({code})")  # 5: pytest's, by -k
+                job.state = {0: "ok", 5: "no tests"}.get(
+                    code, f"failed ({code})"
+                )  # 5: pytest's, by -k
             else:
                 continue
             job.seconds = time.monotonic() - begin
@@ -116,7 +118,15 @@ def suite(device: str, words: str, processes: int) -> list[Job]:
             chosen.append(path)
     hands = shards(chosen, processes)
     threads = str(max(1, (os.cpu_count() or 1) // len(hands)))
-    options = ["-q", "-m", "not long", "--device", device, *(["-k", words] if words else [])]
+    options = [
+        "-q",
+        "-m",
+        "not long",
+        "--continue-on-collection-errors",
+        "--device",
+        device,
+        *(["-k", words] if words else []),
+    ]
     return [
         Job(
             f"suite-{n}",
@@ -128,7 +138,9 @@ def suite(device: str, words: str, processes: int) -> list[Job]:
 
 
 def sanitizers(device: str) -> list[Job]:
-    found = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    found = shutil.which("compute-sanitizer") or shutil.which(
+        "/usr/local/cuda/bin/compute-sanitizer"
+    )
     if found is None:
         print("compute-sanitizer: not installed, left out")
         return []
@@ -161,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=570.0, help="time for all, default 570")
     parser.add_argument("-k", metavar="EXPRESSION", default="", help="only such tests of the suite")
     parser.add_argument("--device", default="cuda", help="for trying it out: cpu, simt")
-    parser.add_argument("--processes", type=int, default=0, help="of the suite; default: by CPU cores")
+    parser.add_argument(
+        "--processes", type=int, default=0, help="of the suite; default: by CPU cores"
+    )
     options = parser.parse_args(argv)
     until = time.monotonic() + options.seconds
     LOGS.mkdir(parents=True, exist_ok=True)
@@ -173,7 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run(goldens, until)
     right = conclude(goldens)
     checks = sanitizers(options.device)
-    tests = suite(options.device, options.k, options.processes or max(1, min(6, (os.cpu_count() or 1) // 2)))
+    tests = suite(
+        options.device, options.k, options.processes or max(1, min(6, (os.cpu_count() or 1) // 2))
+    )
     run(tests, until - (RESERVED if checks else 0.0))
     right = conclude(tests) and right
     run(checks, until)

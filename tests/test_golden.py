@@ -19,7 +19,13 @@ EMULATORS = [n for n in ("_C_simt", "_C_simt_race") if importlib.util.find_spec(
 GPU = cuda_kernels() is not None and not cuda_problem(0)
 # One case or more of each file of csrc/cuda/device.
 WRAPPERS = {
-    "atomic.h": ["add_acquire_release", "add_relaxed", "add_release", "load_acquire", "min_relaxed"],
+    "atomic.h": [
+        "add_acquire_release",
+        "add_relaxed",
+        "add_release",
+        "load_acquire",
+        "min_relaxed",
+    ],
     "barrier.h": ["block_barrier", "map_shared", "named_barrier", "warp_barrier"],
     "block_reduce.h": ["block_sum"],
     "bulk_copy.h": ["bulk_copy", "bulk_copy_remote", "store_async.4", "store_async.16"],
@@ -82,7 +88,7 @@ def test_every_wrapper_has_a_case(names):
 @pytest.mark.skipif(not EMULATORS, reason="built without LMKERN_SIMT")
 def test_an_unknown_case_is_named():
     kernels = importlib.import_module(f"lmkern.{EMULATORS[0]}")
-    with pytest.raises(ValueError, match="there is no test named 'shuffle.none'"):
+    with pytest.raises(ValueError, match=r"there is no test named 'shuffle\.none'"):
         kernels.golden("shuffle.none")
 
 
@@ -97,7 +103,9 @@ class Wrong:
     def golden(name):
         if name == "vote":
             raise RuntimeError("lmkern: launch: invalid argument")
-        return {"mma": "lane 5: expected 1, got 2", "store_async": "skipped: no clusters"}.get(name, "")
+        return {"mma": "lane 5: expected 1, got 2", "store_async": "skipped: no clusters"}.get(
+            name, ""
+        )
 
 
 def test_selftest_says_what_is_wrong(monkeypatch, capsys):

@@ -382,7 +382,9 @@ def _info(arguments: list[str]) -> int:
 
 def _selftest(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]):
-        print("usage: lmkern selftest\n\nChecks every GPU against what lmkern's CUDA kernels are built on.")
+        print(
+            "usage: lmkern selftest\n\nChecks every GPU against what lmkern's CUDA kernels are built on."
+        )
         return 0
     if arguments:
         raise UsageError(f"selftest takes no options, got {' '.join(arguments)}")
