@@ -46,7 +46,7 @@ class Rows:
         return y.flatten(0, 1)
 
     def pack_for_sum(self, x: Tensor) -> Tensor:
-        """:meth:`pack`, of what is summed over all rows: padding may hold anything, and counts nothing."""
+        """:meth:`pack` of what is summed over all rows: padding may hold anything, and adds nothing."""
         return self.pack(x)
 
     def unpack(self, packed: Tensor, out: Tensor) -> None:
