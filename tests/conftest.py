@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if device in ("cuda", "meta"):
         from on_device import install
 
+        importlib.import_module("lmkern.models")  # whose layers are to be moved
         install(device)
 
 

@@ -152,11 +152,12 @@ def test_any_size_and_the_reference(rows, width, fraction, case, with_decay):
     gradients = random_gradients(rows, [width], round(fraction * rows), seed=rows)
     ours, _ = run(optimizer, start, gradients, lr=0.1, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lmkern.ops.embedding_optimizer, "use_kernel", lambda *_: False)
+        patch.setattr(lmkern.ops.embedding_optimizer, "use_kernel", lambda *_, **__: False)
         plain, _ = run(optimizer, start, gradients, lr=0.1, **options)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(("optimizer", "options"), ALL, ids=name)
 def test_kernels_are_called(monkeypatch, optimizer, options):
     called = []

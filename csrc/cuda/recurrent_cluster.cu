@@ -167,7 +167,7 @@ struct ClusterForward {
   ClusterPlan plan;
 };
 
-// registers: 208, spills: 0
+// registers: 255, spills: 0
 template <class S, class Cell>
 LMKERN_KERNEL(kProductThreads, 1)
 cluster_forward(ClusterForward<S> p) {
@@ -240,7 +240,7 @@ struct ClusterBackward {
   ClusterPlan plan;
 };
 
-// registers: 208, spills: 0
+// registers: 255, spills: 0
 template <class S, class Cell>
 LMKERN_KERNEL(kProductThreads, 1)
 cluster_backward(ClusterBackward<S> p) {

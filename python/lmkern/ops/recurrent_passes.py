@@ -343,7 +343,7 @@ def backward_pass(*args: Any) -> tuple[Tensor, ...]:
             d_x = d_gates if i.w_ih is None else matmul(d_gates, i.w_ih)
             rows.unpack(d_x, grads[0]) if rows.index is not None else put(0, d_x.view(i.x.shape))
         if need[1]:
-            put(1, matmul(d_gates, rows.pack(i.x), transpose_a=True))
+            put(1, matmul(d_gates, rows.pack_for_sum(i.x), transpose_a=True))
         if need[2]:
             if operand is not None:
                 put(2, matmul(d_hh, operand, transpose_a=True))

@@ -45,6 +45,10 @@ class Rows:
         """A buffer for the kernel's form of y: y itself, where that is a view."""
         return y.flatten(0, 1)
 
+    def pack_for_sum(self, x: Tensor) -> Tensor:
+        """:meth:`pack` of what is summed over all rows: padding may hold anything, and adds nothing."""
+        return self.pack(x)
+
     def unpack(self, packed: Tensor, out: Tensor) -> None:
         """Writes the kernel's form to ``out``, which may be where ``packed`` lies."""
         if packed.data_ptr() != out.data_ptr() or packed.dtype != out.dtype:
@@ -192,6 +196,12 @@ class DeviceRows(Rows):
         self.single = False  # the kernel does a single step's products, too
         self.lengths = None if lengths is None else lengths.contiguous()
 
+    def pack_for_sum(self, x: Tensor) -> Tensor:
+        if self.lengths is None:
+            return self.pack(x)
+        time = torch.arange(self.count // max(self.batch, 1), device=x.device).unsqueeze(1)
+        return self.pack(x.masked_fill((time >= self.lengths).unsqueeze(2), 0))
+
     def previous(self, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
         before = super().previous(y, initial, reverse)
         if not reverse or self.lengths is None or initial is None:
@@ -209,7 +219,7 @@ class DevicePackedRows(PackedRows):
         self, lead: torch.Size, batch: int, batch_sizes: Tensor, device: torch.device
     ) -> None:
         super().__init__(lead, batch, batch_sizes)
-        self.sizes, self.batch_sizes, self.device = self.batch_sizes, None, device
+        self.sizes, self.batch_sizes, self.device = batch_sizes, None, device
         ends = self.sizes.cumsum(0)
         rows = torch.arange(batch).unsqueeze(1)
         both = torch.cat([ends - self.sizes, (self.sizes > rows).sum(1)]).to(
