@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line(row), flush=True)
         table["not_measured"].remove(case_name)
         write(out, table)
+        if gpu:
+            torch.cuda.empty_cache()  # the next case's graphs have pools of their own
     write(out, table)
     print()
     for group in harness.summarise(table["rows"]):
