@@ -101,13 +101,27 @@ class LaunchConfig {
 
 template <auto kKernel>
 bool fits(const Grid& grid) {
-  const LaunchConfig config(kKernel, grid, nullptr);
-  int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config.get()) != cudaSuccess) {
-    cudaGetLastError();  // not an error of the caller's
-    return false;
+  // Asking costs more than a launch, and the next call asks the same.
+  struct Answer {
+    int device, cluster;
+    std::size_t shared_bytes;
+    bool fits;
+  };
+  thread_local Answer last{-1, 0, 0, false};
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  if (last.device != device || last.cluster != grid.cluster ||
+      last.shared_bytes != grid.shared_bytes) {
+    int clusters = 0;
+    try {
+      const LaunchConfig config(kKernel, grid, nullptr);
+      check(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config.get()), "occupancy");
+    } catch (const std::runtime_error&) {  // such clusters are too large for this device
+      clusters = 0;
+    }
+    last = {device, grid.cluster, grid.shared_bytes, clusters > 0};
   }
-  return clusters > 0;
+  return last.fits;
 }
 
 template <auto kKernel, class... Args>
