@@ -65,6 +65,7 @@ PYBIND11_MODULE(LMKERN_CUDA_MODULE, m, py::mod_gil_not_used()) {
   lmkern::bind_errors();
   lmkern::bind_embedding(m);
   lmkern::bind_embedding_bag(m);
+  lmkern::bind_embedding_optimizer(m);
   lmkern::bind_recurrent(m);
   m.def("golden_names", lmkern::cuda::golden_names);
   m.def("golden", lmkern::cuda::golden, py::call_guard<py::gil_scoped_release>());

@@ -17,6 +17,9 @@ struct Kernels {
   static void embedding_bag_forward(const EmbeddingBagForwardArgs& args);
   static void embedding_bag_sorted_backward(const EmbeddingBagSortedBackwardArgs& args);
   static void embedding_bag_weights_backward(const EmbeddingBagWeightsBackwardArgs& args);
+  static void embedding_sgd(const EmbeddingSgdArgs& args);
+  static void embedding_adagrad(const EmbeddingAdagradArgs& args);
+  static void embedding_adam(const EmbeddingAdamArgs& args);
   static void recurrent_forward(const RecurrentForwardArgs& args);
   static void recurrent_backward(const RecurrentBackwardArgs& args);
   static void recurrent_step(const RecurrentStepArgs& args);

@@ -1,6 +1,7 @@
 // Mean and 1 / sqrt(variance + eps) of a row, by a block.
 #pragma once
 #include "cuda/device/block_reduce.h"
+#include "cuda/device/math.h"
 
 namespace lmkern::cuda {
 
@@ -22,9 +23,6 @@ struct RowMoments {
     const A variance = block_sum(squares, scratch + warp_count() LMKERN_AND_HERE) / A(count);
     return {mean, A(1) / square_root(variance + eps)};
   }
-
-  static LMKERN_DEVICE float square_root(float x) { return ::sqrtf(x); }
-  static LMKERN_DEVICE double square_root(double x) { return ::sqrt(x); }
 };
 
 }  // namespace lmkern::cuda

@@ -11,7 +11,7 @@ void check_rows(const Check& check, const TensorView& rows, std::int64_t extent)
   check.dims("rows", rows, 1, "[N]");
   check.contiguous("rows", rows);
   const auto* const row = rows.ptr<const std::int64_t>();
-  for (std::int64_t n = 0; n < rows.shape[0]; ++n)
+  for (std::int64_t n = 0; kReadable && n < rows.shape[0]; ++n)
     if (row[n] < 0 || row[n] >= extent)
       check.fail_index("row " + std::to_string(row[n]) + " at position [" + std::to_string(n) +
                        "] is out of range for V = " + std::to_string(extent));

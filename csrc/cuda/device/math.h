@@ -15,6 +15,9 @@ struct DeviceMath {
   static LMKERN_HOST_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 };
 
+LMKERN_DEVICE float square_root(float x) { return ::sqrtf(x); }
+LMKERN_DEVICE double square_root(double x) { return ::sqrt(x); }
+
 // a b + c, rounded once.
 LMKERN_DEVICE float multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
 LMKERN_DEVICE double multiply_add(double a, double b, double c) { return ::fma(a, b, c); }

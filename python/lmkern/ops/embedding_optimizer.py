@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from lmkern import reference
-from lmkern.ops.backend import kernels_of
-from lmkern.ops.library import accumulate_dtype, use_kernel
+from lmkern.ops.backend import kernels_of, takes_cuda
+from lmkern.ops.library import accumulate_dtype, declare_cuda, use_kernel
 from lmkern.ops.memory import fresh
 
 
+declare_cuda("embedding_sgd", "embedding_adagrad", "embedding_adam")
+
+
 class Table(NamedTuple):
-    """What every rule takes. After the first two, the members are the kernels' arguments in order."""
+    """What every rule takes. From ``rows`` to ``step_size``, the kernels' arguments in order."""
 
     parameter: Tensor  # of any shape and strides
     shape: tuple[int, int]  # [V, D], as which the parameter is seen
@@ -29,6 +32,7 @@ class Table(NamedTuple):
     touched: Tensor | None = None  # float64 [V]
     decay: float = 1.0
     step_size: float = 0.0
+    ascending: bool = False  # rows are known to be, strictly
 
 
 def sgd_(table: Table) -> None:
@@ -62,14 +66,23 @@ def _run(rule: str, table: Table, *state: Any) -> None:
         weight = parameter.detach().reshape(table.shape)
         if weight.stride(1) != 1:
             weight = weight.contiguous()
-    arguments = (weight, *table[2:], *state)
     if use_kernel("optim", weight, kernel=rule):
-        getattr(kernels_of(weight), rule)(*arguments)
+        if takes_cuda(weight):
+            table = _sorted(table)
+        getattr(kernels_of(weight), rule)(weight, *table[2:8], *state)
         torch._C._increment_version((parameter,))  # of torch.autograd.graph.increment_version
     else:
-        getattr(reference, rule)(*arguments)
+        getattr(reference, rule)(weight, *table[2:8], *state)
     if weight is not parameter and weight.data_ptr() != parameter.data_ptr():
         parameter.copy_(weight.view(parameter.shape))  # no kernel could follow its strides
+
+
+def _sorted(table: Table) -> Table:
+    """With ascending rows, as a GPU's kernels want them; those of one row stay in their order."""
+    if table.rows is None or table.gradient is None or table.ascending:
+        return table
+    rows, order = torch.sort(table.rows, stable=True)
+    return table._replace(rows=rows, gradient=table.gradient.index_select(0, order))
 
 
 def fresh_state(parameter: Tensor, shape: torch.Size, value: float = 0.0) -> Tensor:

@@ -96,6 +96,7 @@ class RowOptimizer(Optimizer):
             )
         # Not coalesced first: the kernels sum the gradients of a row as they read them.
         rows, values = gradient._indices()[0].contiguous(), gradient._values()
+        ascending = gradient.is_coalesced()
         debt = self._debts.get(parameter)
         if debt is None and factor != 1.0:
             touched = torch.ones(len(parameter), dtype=torch.float64, device=parameter.device)
@@ -105,10 +106,11 @@ class RowOptimizer(Optimizer):
             self._pay(parameter)
             debt, factor = None, 1.0
         if debt is None:
-            self._update(group, parameter, self._table(group, parameter, values, rows))
+            table = self._table(group, parameter, values, rows, ascending=ascending)
+            self._update(group, parameter, table)
             return
         product = debt.product * factor
-        table = self._table(group, parameter, values, rows, debt.touched, product)
+        table = self._table(group, parameter, values, rows, debt.touched, product, ascending)
         self._update(group, parameter, table)
         debt.product = product
 
@@ -120,13 +122,14 @@ class RowOptimizer(Optimizer):
         rows: Tensor | None = None,
         touched: Tensor | None = None,
         decay: float = 1.0,
+        ascending: bool = False,
     ) -> Table:
         # Where nothing goes by rows, a vector is one row: faster than many of one element.
         by_row = rows is not None or parameter.dim() > 1 or group.get("rowwise")
         shape = _row_shape(parameter) if by_row else (1, parameter.numel())
         gradient = gradient.reshape(shape[0] if rows is None else len(rows), shape[1]).contiguous()
         scale = -1.0 if group["maximize"] else 1.0
-        return Table(parameter, shape, rows, gradient, scale, touched, decay)
+        return Table(parameter, shape, rows, gradient, scale, touched, decay, ascending=ascending)
 
     # ---- decay that is owed -------------------------------------------------------------------
 
