@@ -211,7 +211,8 @@ void launch_rule(const char* op, const OptimizerTable& t, const Rule& rule,
       t.decay,
       index_errors(op, t.rows.defined() ? t.rows : t.weight, extent, "rows")};
   const Grid grid{.x = blocks_for(count, kWarps), .threads = kThreads};
-  bool wide = is_wide<S>(width, {&t.weight, &t.gradient});
+  // A row's sum of squares must not depend on how the weight lies in memory.
+  bool wide = !Rule::kWholeRow && is_wide<S>(width, {&t.weight, &t.gradient});
   for (const TensorView* state : states)
     wide = wide && reinterpret_cast<std::uintptr_t>(state->data) % 16 == 0;
   if (wide)
