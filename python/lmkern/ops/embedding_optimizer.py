@@ -17,7 +17,6 @@ from lmkern.ops.backend import kernels_of, takes_cuda
 from lmkern.ops.library import accumulate_dtype, declare_cuda, use_kernel
 from lmkern.ops.memory import fresh
 
-
 declare_cuda("embedding_sgd", "embedding_adagrad", "embedding_adam")
 
 
