@@ -114,10 +114,12 @@ $(VENV)-3.%/.tools: pyproject.toml constraints.txt | check-tools
 	@$(if $(filter ON,$(CUDA)),$(if $(NVCC),,$(@D)/bin/pip install -q -c constraints.txt nvidia-cuda-nvcc))
 	@touch $@
 
+# Not stripped: the emulator's reports name lines.
 $(VENV)/.built: $(BUILD_FILES) $(VENV)/.tools $(if $(filter ON,$(DEV_CUDA)),$(VENV)/.cuda)
 	@echo 'building the kernels and installing the development environment ...'
 	@$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e '.[dev]' \
-		-C build-dir=build/dev -C 'cmake.define.LMKERN_ISAS=$(DEV_ISAS)' -C cmake.define.LMKERN_SIMT=ON \
+		-C build-dir=build/dev -C install.strip=false \
+		-C 'cmake.define.LMKERN_ISAS=$(DEV_ISAS)' -C cmake.define.LMKERN_SIMT=ON \
 		-C cmake.define.LMKERN_CUDA=$(DEV_CUDA) -C 'cmake.define.LMKERN_CUDA_ARCHITECTURES=$(CUDA_ARCHS)'
 	@touch $@
 
