@@ -148,7 +148,7 @@ LMKERN_DEVICE void load_piece(const OptimizerRows<S>& r, std::int64_t row, std::
   for (int i = 0; i < kVec; ++i) p.weight[i] = to_accumulate(piece.at[i]);
 }
 
-// registers: 96, spills: 0
+// registers: 128, spills: 0
 template <class S, int kVec, class Rule>
 LMKERN_KERNEL(kThreads, 2)
 update_rows(OptimizerRows<S> r, Rule rule) {
