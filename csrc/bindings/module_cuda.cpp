@@ -67,6 +67,7 @@ PYBIND11_MODULE(LMKERN_CUDA_MODULE, m, py::mod_gil_not_used()) {
   lmkern::bind_embedding_bag(m);
   lmkern::bind_embedding_optimizer(m);
   lmkern::bind_recurrent(m);
+  lmkern::bind_token_position(m);
   m.def("golden_names", lmkern::cuda::golden_names);
   m.def("golden", lmkern::cuda::golden, py::call_guard<py::gil_scoped_release>());
   // The message of an index that a kernel found to be out of range, or None; then it is forgotten.

@@ -5,6 +5,9 @@
 #include <tuple>
 
 #include "bindings/bind.h"
+#if defined(LMKERN_CUDA_MODULE)
+#include "cuda/kernels.h"
+#endif
 
 namespace lmkern {
 namespace {
@@ -29,10 +32,13 @@ void bind_token_position(pybind11::module_& m) {
   m.def("token_position_backward",
         [](const TokenPositionRows& rows, TensorView d_out, TensorView statistics,
            TensorView weight, double dropout_p, std::int64_t seed, TensorView d_sum,
-           TensorView d_position, TensorView d_weight, TensorView d_bias) {
+           TensorView d_position, TensorView d_weight, TensorView d_bias, TensorView workspace) {
           call(token_position_backward, {token_position(rows), d_out, statistics, weight, dropout_p,
-                                         seed, d_sum, d_position, d_weight, d_bias});
+                                         seed, d_sum, d_position, d_weight, d_bias, workspace});
         });
+#if defined(LMKERN_CUDA_MODULE)
+  m.def("token_position_workspace", cuda::token_position_workspace);
+#endif
 }
 
 }  // namespace lmkern

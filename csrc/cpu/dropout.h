@@ -14,11 +14,8 @@ class Dropout {
  public:
   static constexpr int kBlock = 4 * kLanes<float>;  // elements of one call of Philox
 
-  LMKERN_INLINE Dropout(double p, std::int64_t seed) : seed_(static_cast<std::uint64_t>(seed)) {
-    const double words = p * 0x1p32 + 0.5;
-    threshold_ = words >= 0x1p32 - 1 ? 0xffffffffu : static_cast<std::uint32_t>(words);
-    scale_ = p < 1 ? static_cast<T>(1 / (1 - p)) : T(0);
-  }
+  LMKERN_INLINE Dropout(double p, std::int64_t seed)
+      : seed_(static_cast<std::uint64_t>(seed)), rule_(p) {}
 
   // keep of the elements 4 quad .. 4 quad + kBlock, in order; for float, in registers.
   LMKERN_INLINE void block(std::int64_t quad, Vec<float> (&keep)[4]) const {
@@ -26,7 +23,8 @@ class Dropout {
     Words words[4];
     random(quad, words);
     LMKERN_UNROLL
-    for (int v = 0; v < 4; ++v) keep[v] = words[v] >= threshold_ ? splat(scale_) : Vec<float>{};
+    for (int v = 0; v < 4; ++v)
+      keep[v] = words[v] >= rule_.threshold ? splat(rule_.scale) : Vec<float>{};
   }
 
   // What `row` wants of a buffer for n elements.
@@ -47,7 +45,7 @@ class Dropout {
         Words words[4];
         random((first + i) / 4, words);
         for (int e = 0; e < kBlock; ++e)
-          buffer[i + e] = words[e / kLanes<float>][e % kLanes<float>] >= threshold_ ? scale_ : T(0);
+          buffer[i + e] = rule_.keep(words[e / kLanes<float>][e % kLanes<float>]);
       }
     }
     return buffer + skip;
@@ -71,8 +69,7 @@ class Dropout {
   }
 
   std::uint64_t seed_;
-  std::uint32_t threshold_;
-  T scale_;
+  KeepRule<T> rule_;
 };
 
 }  // namespace lmkern::cpu::LMKERN_ISA_NAMESPACE

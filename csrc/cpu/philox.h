@@ -3,6 +3,7 @@
 //
 // Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
 #pragma once
+#include "core/philox.h"
 #include "cpu/vec.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
@@ -34,15 +35,15 @@ LMKERN_INLINE WideWords multiply_halves(WideWords a, WideWords b) {
 LMKERN_INLINE void philox(WideWords (&counter)[4], std::uint64_t key) {
   std::uint32_t key_low = static_cast<std::uint32_t>(key);
   std::uint32_t key_high = static_cast<std::uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const WideWords product_0 = multiply_halves(counter[0], WideWords{} + 0xD2511F53u);
-    const WideWords product_2 = multiply_halves(counter[2], WideWords{} + 0xCD9E8D57u);
+  for (int round = 0; round < Philox::kRounds; ++round) {
+    const WideWords product_0 = multiply_halves(counter[0], WideWords{} + Philox::kMultiplier0);
+    const WideWords product_2 = multiply_halves(counter[2], WideWords{} + Philox::kMultiplier2);
     counter[0] = (product_2 >> 32) ^ counter[1] ^ key_low;
     counter[1] = product_2;
     counter[2] = (product_0 >> 32) ^ counter[3] ^ key_high;
     counter[3] = product_0;
-    key_low += 0x9E3779B9u;
-    key_high += 0xBB67AE85u;
+    key_low += Philox::kKeyLow;
+    key_high += Philox::kKeyHigh;
   }
 }
 

@@ -24,6 +24,8 @@ struct Kernels {
   static void recurrent_backward(const RecurrentBackwardArgs& args);
   static void recurrent_step(const RecurrentStepArgs& args);
   static void recurrent_step_backward(const RecurrentStepBackwardArgs& args);
+  static void token_position_forward(const TokenPositionForwardArgs& args);
+  static void token_position_backward(const TokenPositionBackwardArgs& args);
 };
 
 inline Kernels kernels() { return {}; }
@@ -34,5 +36,8 @@ std::int64_t recurrent_workspace(const RecurrentOptions& options, bool backward)
 std::int64_t embedding_sorted_workspace(std::int64_t positions, std::int64_t width, bool is_double);
 std::int64_t embedding_bag_sorted_workspace(std::int64_t positions, std::int64_t width,
                                             bool is_double);
+// Of the gradient of `rows` rows, L = `length`, with so many of d_position, d_weight and d_bias.
+std::int64_t token_position_workspace(std::int64_t rows, std::int64_t length, std::int64_t width,
+                                      int sums, bool is_double);
 
 }  // namespace lmkern::cuda

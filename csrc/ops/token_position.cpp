@@ -78,6 +78,17 @@ void check_dropout(const Check& check, double p) {
   if (!(p >= 0 && p <= 1)) check.fail("dropout_p must be in [0, 1], got " + std::to_string(p));
 }
 
+void check_workspace(const Check& check, const TokenPositionBackwardArgs& a) {
+#if defined(LMKERN_CUDA_MODULE)
+  const int sums = a.d_position.defined() + a.d_weight.defined() + a.d_bias.defined();
+  const std::int64_t bytes = cuda::token_position_workspace(
+      a.d_out.shape[0], a.rows.length, a.d_out.shape[1], sums, a.d_out.dtype == DType::kFloat64);
+  check.tensor("workspace", a.workspace, DType::kUInt8, {bytes}, "[token_position_workspace]");
+#else
+  if (a.workspace.defined()) check.fail("workspace must be absent");
+#endif
+}
+
 }  // namespace
 
 void token_position_forward(const TokenPositionForwardArgs& a) {
@@ -116,6 +127,7 @@ void token_position_backward(const TokenPositionBackwardArgs& a) {
   check.optional("d_position", a.d_position, dtype, {a.rows.length, width}, "[L, D]");
   check_parameter(check, "d_weight", a.d_weight, wide(dtype), width, a.statistics);
   check_parameter(check, "d_bias", a.d_bias, wide(dtype), width, a.statistics);
+  check_workspace(check, a);
   backend::kernels().token_position_backward(a);
 }
 

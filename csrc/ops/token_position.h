@@ -20,7 +20,8 @@
 // Numerics   x is not rounded before it is normalised, and not stored: backward makes it again from
 //            the tables. That reads what saving it would have read, without writing it first, and
 //            keeps N D elements less. Sums in fixed order: same bits for any thread count.
-// Errors     IndexError for an index outside its table, before anything is written.
+// Errors     IndexError for an index outside its table, before anything is written; on a GPU, later
+//            (cuda/index_errors.h).
 // Source     Devlin et al. 2019 (BERT), Radford et al. 2019 (GPT-2), Vaswani et al. 2017 (scale).
 #pragma once
 #include "core/tensor_view.h"
@@ -59,6 +60,7 @@ struct TokenPositionBackwardArgs {
   TensorView d_sum;             // [N, D] out, or absent
   TensorView d_position;        // [L, D] out, or absent
   TensorView d_weight, d_bias;  // [D] out, or absent
+  TensorView workspace;         // on a GPU: bytes, as many as cuda::token_position_workspace says
 };
 
 void token_position_forward(const TokenPositionForwardArgs& args);

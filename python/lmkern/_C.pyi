@@ -314,6 +314,7 @@ def token_position_backward(
     d_position: Tensor | None,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
+    workspace: Tensor | None,
 ) -> None: ...
 def rotary_embedding(
     q: Tensor,

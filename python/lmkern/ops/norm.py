@@ -274,9 +274,11 @@ class AddNormFunction(torch.autograd.Function):
 
 
 def dropout_keep(seed: Tensor, x: Tensor, dropout_p: float) -> Tensor:
-    """What dropout multiplied a tensor like ``x`` with: the kernel's sum of 1 and 0."""
-    ones = x.new_ones(x.numel(), 1, dtype=accumulate_dtype(x.dtype))
-    _, keep, _ = torch.ops.lmkern.add_norm_forward(
-        ones, torch.zeros_like(ones), None, None, None, seed, 1, 1.0, True, dropout_p
+    """What dropout multiplied a tensor like ``x`` with: the kernel's lookups of a row of ones."""
+    width = x.shape[-1] if x.dim() else 1
+    ones = x.new_ones(1, width, dtype=accumulate_dtype(x.dtype))
+    rows = x.new_zeros(x.numel() // max(width, 1), dtype=torch.int32)
+    keep, _ = torch.ops.lmkern.token_position_forward(
+        rows, ones, None, None, 0, rows.numel(), None, None, 1.0, None, None, seed, 0, 0.0, dropout_p
     )
     return keep.view(x.shape)

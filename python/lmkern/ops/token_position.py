@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmkern import _C, reference
+from lmkern import reference
+from lmkern.ops.backend import kernels_of, takes_cuda
 from lmkern.ops.embedding import (
     contiguous_rows,
     dense_gradient,
     mark_coalesced,
     sparse_gradient,
     weak_leaf,
+    workspace,
 )
 from lmkern.ops.gradient_buffer import buffer_of
 from lmkern.ops.library import (
@@ -51,8 +53,15 @@ def _parameter(p: Tensor | None) -> Tensor | None:
     return None if p is None else p.contiguous()
 
 
-def _number(seed: Tensor | None) -> int:
-    return 0 if seed is None else int(seed)
+def _number(seed: Tensor | None, like: Tensor) -> int:
+    if seed is None:
+        return 0
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "token_position_embedding: dropout_p must be 0 while a CUDA graph is captured, which would "
+            "drop the same elements in every replay"
+        )
+    return int(seed)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -61,13 +70,13 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return fresh(token, *input.shape, token.shape[1]), statistics
 
 
-def _forward_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *rows, weight, bias, seed, norm, eps, dropout_p = args
     out, statistics = _forward_fake(*args)
     flat = out.view(args[0].numel(), args[1].shape[1])
-    _C.token_position_forward(
+    kernels_of(args[1]).token_position_forward(
         _contiguous(tuple(rows)), _parameter(weight), _parameter(bias), eps, dropout_p,
-        _number(seed), flat, statistics if norm else None,
+        _number(seed, flat), flat, statistics if norm else None,
     )  # fmt: skip
     return out, statistics
 
@@ -84,16 +93,21 @@ def _backward_fake(d_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, T
     )
 
 
-def _backward_cpu(d_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(d_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *rows, statistics, weight, seed, norm, dropout_p = args[:-4]
     grads = _backward_fake(d_out, *args)
     shape = rows[0].numel(), d_out.shape[-1]
     d_sum, *rest = (g if need else None for g, need in zip(grads, args[-4:], strict=True))
     if d_sum is not None:
         d_sum = d_sum.view(shape)
-    _C.token_position_backward(
+    kernels, space = kernels_of(d_out), None
+    if takes_cuda(d_out):
+        sums, is_double = sum(g is not None for g in rest), d_out.dtype == torch.float64
+        size = kernels.token_position_workspace(shape[0], rows[5], shape[1], sums, is_double)
+        space = workspace(d_out, size)
+    kernels.token_position_backward(
         _contiguous(tuple(rows)), d_out.reshape(shape).contiguous(), statistics if norm else None,
-        _parameter(weight), dropout_p, _number(seed), d_sum, *rest,
+        _parameter(weight), dropout_p, _number(seed, d_out), d_sum, *rest, space,
     )  # fmt: skip
     return grads
 
@@ -101,14 +115,16 @@ def _backward_cpu(d_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Te
 define_op(
     f"token_position_forward({_ROWS}, Tensor? weight, Tensor? bias, Tensor? seed, int norm, "
     "float eps, float dropout_p) -> (Tensor out, Tensor statistics)",
-    cpu=_forward_cpu,
+    cpu=_forward,
+    cuda=_forward,
     fake=_forward_fake,
 )
 define_op(
     f"token_position_backward(Tensor d_out, {_ROWS}, Tensor statistics, Tensor? weight, "
     "Tensor? seed, int norm, float dropout_p, bool need_sum, bool need_position, bool need_weight, "
     "bool need_bias) -> (Tensor d_sum, Tensor d_position, Tensor d_weight, Tensor d_bias)",
-    cpu=_backward_cpu,
+    cpu=_backward,
+    cuda=_backward,
     fake=_backward_fake,
 )
 

@@ -1,0 +1,38 @@
+// What dropout multiplies elements with (cpu/dropout.h says how it follows from seed and flat index): the
+// same bits as on the CPU.
+#pragma once
+#include "core/philox.h"
+#include "cuda/device/base.h"
+
+namespace lmkern::cuda {
+
+template <class T>
+struct Dropout {
+  std::uint64_t seed;
+  KeepRule<T> rule;
+  bool on;
+
+  Dropout(double p, std::int64_t seed)
+      : seed(static_cast<std::uint64_t>(seed)), rule(p), on(p > 0) {}
+
+  // x *= keep, of the elements from flat index `first` on, a multiple of kVec; nothing without dropout.
+  template <int kVec>
+  LMKERN_DEVICE void apply(std::int64_t first, T (&x)[kVec]) const {
+    if (!on) return;
+    constexpr int kWords = kVec < 4 ? kVec : 4;  // of a call of Philox
+    LMKERN_UNROLL
+    for (int part = 0; part < kVec; part += kWords) {
+      const auto quad = static_cast<std::uint64_t>(first + part) / 4;
+      std::uint32_t words[4] = {static_cast<std::uint32_t>(quad),
+                                static_cast<std::uint32_t>(quad >> 32), 0, 0};
+      philox(words, seed);
+      // Moved rather than indexed, so that they stay in registers.
+      if (kWords <= 2 && (first & 2) != 0) words[0] = words[2], words[1] = words[3];
+      if (kWords == 1 && (first & 1) != 0) words[0] = words[1];
+      LMKERN_UNROLL
+      for (int i = 0; i < kWords; ++i) x[part + i] *= rule.keep(words[i]);
+    }
+  }
+};
+
+}  // namespace lmkern::cuda
