@@ -1,8 +1,7 @@
 // What kernels share that normalise rows (csrc/ops/norm.h): parameters, and sums over the threads of a row.
 #pragma once
-#include "cuda/device/barrier.h"
+#include "cuda/device/block_reduce.h"
 #include "cuda/device/math.h"
-#include "cuda/device/shuffle.h"
 #include "cuda/rows.h"
 
 namespace lmkern::cuda {
@@ -41,27 +40,20 @@ struct NormParameter {
 // of `scratch`, kCount T for each warp in shared memory, to be used again after the next barrier.
 template <bool kBlock, int kCount, class T>
 LMKERN_DEVICE void row_sums(T (&values)[kCount], T* scratch LMKERN_AND_SITE) {
-  LMKERN_UNROLL
-  for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i] LMKERN_AND_HERE);
   if constexpr (kBlock) {
-    if (lane_index() == 0) {
-      LMKERN_UNROLL
-      for (int i = 0; i < kCount; ++i) scratch[warp_index() * kCount + i] = values[i];
-    }
-    block_barrier(LMKERN_HERE);
+    block_sums(values, scratch LMKERN_AND_HERE);
+  } else {
     LMKERN_UNROLL
-    for (int i = 0; i < kCount; ++i) values[i] = scratch[i];
-    for (int warp = 1; warp < warp_count(); ++warp) {
-      LMKERN_UNROLL
-      for (int i = 0; i < kCount; ++i) values[i] += scratch[warp * kCount + i];
-    }
+    for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i] LMKERN_AND_HERE);
   }
 }
 
-// xhat = (x - mean - rest) rstd. `rest` is what rounding left out of the mean.
+// A row's mean and 1 / sqrt(variance + eps). `rest` is what rounding left out of the mean.
 template <class T>
 struct NormMoments {
   T mean, rest, rstd;
+
+  LMKERN_DEVICE T normalise(T x) const { return (x - mean - rest) * rstd; }
 
   // each(f) calls f(column, x) for this thread's pieces of the row, each time the same. scratch: 3 T for each
   // warp of the block, to be used again after the next barrier.
@@ -92,6 +84,19 @@ struct NormMoments {
     const T rest = centred ? sums[0] / count : T(0);
     const T variance = sums[1] / count - rest * rest;
     return {mean, rest, T(1) / square_root((variance < T(0) ? T(0) : variance) + eps)};
+  }
+
+  // Of value(u), u < count, by a block.
+  template <class Value>
+  static LMKERN_DEVICE NormMoments of_values(int count, T eps, T* scratch,
+                                             const Value& value LMKERN_AND_SITE) {
+    const auto each = [&](const auto& f) {
+      for (int u = thread_index(); u < count; u += thread_count()) {
+        const T x[1] = {value(u)};
+        f(u, x);
+      }
+    };
+    return of<true, 1>(each, count, eps, true, scratch LMKERN_AND_HERE);
   }
 };
 

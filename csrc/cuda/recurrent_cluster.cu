@@ -338,9 +338,6 @@ bool launch_clusters(const Params& p, int batch, int gates, bool backward) {
   return true;
 }
 
-// Without norm and projection, which need more than one unit.
-bool is_unitwise(const RecurrentOptions& o) { return !o.norm_hh.defined() && !o.w_hr.defined(); }
-
 }  // namespace
 
 template <class S>

@@ -58,11 +58,6 @@ PersistentPlan plan_persistent(int hidden, int gates, int depth, int batch, int 
   return best;
 }
 
-// Whether the options leave each unit to itself.
-inline bool is_unitwise(const RecurrentOptions& o) {
-  return !o.norm_hh.defined() && !o.w_hr.defined();
-}
-
 // What a pass keeps in the workspace between the steps: two slots of the product's operand, and a
 // counter for the barrier of each slice.
 template <class S>

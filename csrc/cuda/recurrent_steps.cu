@@ -7,7 +7,7 @@
 #include "cuda/recurrent_steps.h"
 
 #include "cuda/device/launch.h"
-#include "cuda/row_moments.h"
+#include "cuda/norm_row.h"
 #include "cuda/step_product.h"
 #include "cuda/stream.h"
 
@@ -114,13 +114,14 @@ step_row(StepForward<S> p) {
     for (int u = thread_index(); u < H; u += kThreads) pad_row_unit(p, row, b, u, kGates);
     return;
   }
-  A* const scratch = shared_memory<A>();  // four for each warp
-  A* const last_gate = scratch + 4 * warp_count();
+  A* const scratch = shared_memory<A>();  // six for each warp
+  A* const last_gate = scratch + 6 * warp_count();
   A* const c_now = last_gate + H;
   const A* const raw = p.work.product + static_cast<std::int64_t>(b) * wide;
   const bool norm = layer.norm_hh != nullptr, normed_c = layer.norm_c_weight != nullptr;
-  RowMoments<A> moments{};
-  if (norm) moments = RowMoments<A>::of(wide, layer.eps, scratch, [&](int i) { return raw[i]; });
+  NormMoments<A> moments{};
+  if (norm)
+    moments = NormMoments<A>::of_values(wide, layer.eps, scratch, [&](int i) { return raw[i]; });
 
   const auto output = [&](int u, const CellState<Cell, A>& state, A c_read) {
     CellState<Cell, A> mine = state;
@@ -145,7 +146,7 @@ step_row(StepForward<S> p) {
       product[g] = raw[i];
       if (!norm) continue;
       if (p.units.hh != nullptr) p.units.hh[row * wide + i] = raw[i];
-      product[g] = (raw[i] - moments.mean) * moments.rstd * to_accumulate(layer.norm_hh[i]) +
+      product[g] = moments.normalise(raw[i]) * to_accumulate(layer.norm_hh[i]) +
                    load_optional(layer.b_hh, i);
     }
     CellState<Cell, A> state;
@@ -159,13 +160,13 @@ step_row(StepForward<S> p) {
     }
   }
   if (!normed_c) return;
-  const auto of_c =
-      RowMoments<A>::of(H, layer.eps, scratch + 2 * warp_count(), [&](int u) { return c_now[u]; });
+  const auto of_c = NormMoments<A>::of_values(H, layer.eps, scratch + 3 * warp_count(),
+                                              [&](int u) { return c_now[u]; });
   for (int u = thread_index(); u < H; u += kThreads) {
     CellState<Cell, A> state;
     state.gates[kGates - 1] = last_gate[u];
     output(u, state,
-           (c_now[u] - of_c.mean) * of_c.rstd * to_accumulate(layer.norm_c_weight[u]) +
+           of_c.normalise(c_now[u]) * to_accumulate(layer.norm_c_weight[u]) +
                to_accumulate(layer.norm_c_bias[u]));
   }
 }
@@ -202,7 +203,7 @@ void run_steps(StepForward<S> p) {
   const Grid outputs{.x = static_cast<unsigned>(B), .y = blocks_of(P), .threads = kThreads};
   const Grid row{.x = static_cast<unsigned>(B),
                  .threads = kThreads,
-                 .shared_bytes = sizeof(A) * (static_cast<std::size_t>(2 * H) + 4 * kThreads / 32)};
+                 .shared_bytes = sizeof(A) * (static_cast<std::size_t>(2 * H) + 6 * kThreads / 32)};
   launch<begin_forward<S>>(both, current_stream(), p);
   for (p.s = 0; p.s < layer.steps; ++p.s) {
     step_product(layer.w_hh, wide, P, false, p.work.operand, B, p.work.product);

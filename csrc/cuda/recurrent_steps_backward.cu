@@ -7,8 +7,8 @@
 // A step: dL/dh_t from the product of the later step's dL/dhh with W_hh; with a projection its product
 // with W_hr; then the cell, and under norm the statistics of the row.
 #include "cuda/device/launch.h"
+#include "cuda/norm_row.h"
 #include "cuda/recurrent_steps.h"
-#include "cuda/row_moments.h"
 #include "cuda/step_product.h"
 #include "cuda/stream.h"
 
@@ -161,16 +161,17 @@ step_row_backward(StepBackward<S> p) {
     return;
   }
   const std::int64_t row = layer.row(t, b);
-  A* const scratch = shared_memory<A>();  // eight for each warp
-  A* const d_normed = scratch + 8 * warp_count();
+  A* const scratch = shared_memory<A>();  // ten for each warp
+  A* const d_normed = scratch + 10 * warp_count();
   A* const c_now = d_normed + wide;
   A* const d_read = c_now + H;
   const A* const through =
       (layer.w_hr != nullptr ? p.work.product : p.work.through) + static_cast<std::int64_t>(b) * H;
   const A* const raw = p.units.hh + (norm || p.units.recompute ? row * wide : 0);
-  RowMoments<A> moments{};
-  if (norm) moments = RowMoments<A>::of(wide, layer.eps, scratch, [&](int i) { return raw[i]; });
-  const auto normalised = [&](int i) { return (raw[i] - moments.mean) * moments.rstd; };
+  NormMoments<A> moments{};
+  if (norm)
+    moments = NormMoments<A>::of_values(wide, layer.eps, scratch, [&](int i) { return raw[i]; });
+  const auto normalised = [&](int i) { return moments.normalise(raw[i]); };
   const auto load = [&](int u, CellState<Cell, A>& state) {
     A product[kGates];
     LMKERN_UNROLL
@@ -184,7 +185,7 @@ step_row_backward(StepBackward<S> p) {
     p.units.template load<Cell>(t, b, row, u, product, state);
   };
 
-  RowMoments<A> of_c{};
+  NormMoments<A> of_c{};
   A mean_d = A(0), mean_dx = A(0);
   if (normed_c) {
     for (int u = thread_index(); u < H; u += kThreads) {
@@ -192,13 +193,13 @@ step_row_backward(StepBackward<S> p) {
       load(u, state);
       c_now[u] = state.c_now;
     }
-    of_c = RowMoments<A>::of(H, layer.eps, scratch + 2 * warp_count(),
-                             [&](int u) { return c_now[u]; });
+    of_c = NormMoments<A>::of_values(H, layer.eps, scratch + 3 * warp_count(),
+                                     [&](int u) { return c_now[u]; });
     A sum_d = A(0), sum_dx = A(0);
     for (int u = thread_index(); u < H; u += kThreads) {
       CellState<Cell, A> state;
       load(u, state);
-      const A x = (state.c_now - of_c.mean) * of_c.rstd;
+      const A x = of_c.normalise(state.c_now);
       const A weight = to_accumulate(layer.norm_c_weight[u]);
       A d_act[kGates], d_normed_c = A(0), d_h_prev;
       Cell::output_backward(state.gates, x * weight + to_accumulate(layer.norm_c_bias[u]),
@@ -209,8 +210,8 @@ step_row_backward(StepBackward<S> p) {
       sum_d += d;
       sum_dx += d * x;
     }
-    mean_d = block_sum(sum_d, scratch + 4 * warp_count()) / A(H);
-    mean_dx = block_sum(sum_dx, scratch + 5 * warp_count()) / A(H);
+    mean_d = block_sum(sum_d, scratch + 6 * warp_count()) / A(H);
+    mean_dx = block_sum(sum_dx, scratch + 7 * warp_count()) / A(H);
   }
 
   A sum_d = A(0), sum_dx = A(0);
@@ -220,7 +221,7 @@ step_row_backward(StepBackward<S> p) {
     A d_act[kGates], d_product[kGates], d_c_read = A(0), d_h_prev = A(0), c_read = state.c_now,
                                         x = A(0);
     if (normed_c) {
-      x = (state.c_now - of_c.mean) * of_c.rstd;
+      x = of_c.normalise(state.c_now);
       c_read = x * to_accumulate(layer.norm_c_weight[u]) + to_accumulate(layer.norm_c_bias[u]);
     }
     Cell::output_backward(state.gates, c_read, state.h_prev, through[u], d_act, d_c_read, d_h_prev);
@@ -247,8 +248,8 @@ step_row_backward(StepBackward<S> p) {
     }
   }
   if (!norm) return;
-  mean_d = block_sum(sum_d, scratch + 6 * warp_count()) / A(wide);
-  mean_dx = block_sum(sum_dx, scratch + 7 * warp_count()) / A(wide);
+  mean_d = block_sum(sum_d, scratch + 8 * warp_count()) / A(wide);
+  mean_dx = block_sum(sum_dx, scratch + 9 * warp_count()) / A(wide);
   for (int u = thread_index(); u < H; u += kThreads)
     for (int g = 0; g < kGates; ++g) {
       const int i = g * H + u;
@@ -272,7 +273,7 @@ void run_steps(StepBackward<S> p) {
   const Grid row{
       .x = static_cast<unsigned>(B),
       .threads = kThreads,
-      .shared_bytes = sizeof(A) * (static_cast<std::size_t>(wide + 2 * H) + 8 * kThreads / 32)};
+      .shared_bytes = sizeof(A) * (static_cast<std::size_t>(wide + 2 * H) + 10 * kThreads / 32)};
   launch<begin_backward<S>>(both, current_stream(), p);
   // One step more than there are, which only brings dL/dh to the initial state.
   const int last = p.units.d_h0 != nullptr ? -1 : 0;

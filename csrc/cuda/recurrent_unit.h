@@ -24,6 +24,11 @@ void dispatch_cell(RecurrentCell cell, const F& f) {
   }
 }
 
+// Whether each unit is left to itself: normalisation and projection need more than one.
+inline bool is_unitwise(const RecurrentOptions& o) {
+  return !o.norm_hh.defined() && !o.w_hr.defined();
+}
+
 // What both passes know of a layer; pointers as in RecurrentOptions, null where absent.
 template <class S>
 struct RecurrentLayer {

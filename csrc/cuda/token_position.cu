@@ -85,13 +85,12 @@ add_rows(ForwardRows<S> r) {
     if (r.centred) r.statistics[n] = m.mean + m.rest;
     r.statistics[(r.centred ? r.rows : 0) + n] = m.rstd;
   }
-  const T shift = -m.rest * m.rstd;
   each([&](std::int64_t column, T(&x)[kVec]) {
     T weight[kVec], bias[kVec];
     r.weight.load(column, T(1), weight);
     r.bias.load(column, T(0), bias);
     LMKERN_UNROLL
-    for (int i = 0; i < kVec; ++i) x[i] = ((x[i] - m.mean) * m.rstd + shift) * weight[i] + bias[i];
+    for (int i = 0; i < kVec; ++i) x[i] = m.normalise(x[i]) * weight[i] + bias[i];
     write(column, x);
   });
 }

@@ -44,20 +44,13 @@ struct Addends {
 
   template <int kVec>
   LMKERN_DEVICE void load(std::int64_t column, T (&x)[kVec]) const {
-    Piece<S, kVec> t, p, s;
+    Piece<S, kVec> t, p{}, s{};  // zeros where absent
     t.load(token + column);
     if (position != nullptr) p.load(position + column);
     if (segment != nullptr) s.load(segment + column);
     LMKERN_UNROLL
-    for (int i = 0; i < kVec; ++i) x[i] = to_accumulate(t.at[i]) * scale;
-    if (position != nullptr) {
-      LMKERN_UNROLL
-      for (int i = 0; i < kVec; ++i) x[i] += to_accumulate(p.at[i]);
-    }
-    if (segment != nullptr) {
-      LMKERN_UNROLL
-      for (int i = 0; i < kVec; ++i) x[i] += to_accumulate(s.at[i]);
-    }
+    for (int i = 0; i < kVec; ++i)
+      x[i] = to_accumulate(t.at[i]) * scale + to_accumulate(p.at[i]) + to_accumulate(s.at[i]);
   }
 };
 

@@ -5,16 +5,30 @@
 
 namespace lmkern::cuda {
 
-// The sum over the block, the same bits in every thread. `scratch`: one T for each warp, in shared
-// memory; it may be used again after the next barrier of the block.
+// Sums over the block, the same bits in every thread. `scratch`: kCount T for each warp, in shared memory;
+// it may be used again after the next barrier of the block.
+template <int kCount, class T>
+LMKERN_DEVICE void block_sums(T (&values)[kCount], T* scratch LMKERN_AND_SITE) {
+  LMKERN_UNROLL
+  for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i] LMKERN_AND_HERE);
+  if (lane_index() == 0) {
+    LMKERN_UNROLL
+    for (int i = 0; i < kCount; ++i) scratch[warp_index() * kCount + i] = values[i];
+  }
+  block_barrier(LMKERN_HERE);
+  LMKERN_UNROLL
+  for (int i = 0; i < kCount; ++i) values[i] = scratch[i];
+  for (int warp = 1; warp < warp_count(); ++warp) {
+    LMKERN_UNROLL
+    for (int i = 0; i < kCount; ++i) values[i] += scratch[warp * kCount + i];
+  }
+}
+
 template <class T>
 LMKERN_DEVICE T block_sum(T value, T* scratch LMKERN_AND_SITE) {
-  value = warp_sum(value LMKERN_AND_HERE);
-  if (lane_index() == 0) scratch[warp_index()] = value;
-  block_barrier(LMKERN_HERE);
-  T sum = T(0);
-  for (int warp = 0; warp < warp_count(); ++warp) sum += scratch[warp];
-  return sum;
+  T values[1] = {value};
+  block_sums(values, scratch LMKERN_AND_HERE);
+  return values[0];
 }
 
 }  // namespace lmkern::cuda
