@@ -129,7 +129,7 @@ ASAN_TESTS := $(addprefix tests/test_,vec_math.py recurrent.py recurrent_step.py
 	recurrent_layer_options.py attention.py attention_options.py position.py embedding.py embedding_bag.py \
 	cross_entropy.py linear_cross_entropy.py norm.py norm_add.py activation.py dropout.py optim.py \
 	token_position.py quantized_embedding.py memory.py tie.py \
-	simt.py golden.py cuda_recurrent.py cuda_embedding.py)
+	simt.py golden.py cuda_recurrent.py cuda_embedding.py cuda_embedding_optimizer.py cuda_token_position.py)
 test-asan: build
 	@test -x $(VENV)-asan/bin/python || $(BIN)/python -m venv $(VENV)-asan
 	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
