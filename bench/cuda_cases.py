@@ -1,5 +1,5 @@
-"""The cases of `make bench-cuda`: recurrent layers against cuDNN and FlashRNN, embeddings against torch
-and Liger-Kernel.
+"""The cases of `make bench-cuda`: recurrent layers against cuDNN and FlashRNN, embeddings, with position,
+norm and dropout too, and their optimizers against torch and Liger-Kernel.
 
 Predicted from FLOPs and bytes: a recurrent layer of T steps is bound by the latency of a step, not by
 either rate, except at H = 1024 and B = 64; embeddings go at copy bandwidth.
@@ -19,7 +19,7 @@ import lmkern
 from bench_embedding import zipf_ids
 from bench_recurrent import layer_flops
 from harness import Case, Run, assert_close, infer, train
-from lmkern.functional import embedding, embedding_bag
+from lmkern.functional import embedding, embedding_bag, token_position_embedding
 
 # Of the largest element of each result, against torch in the same dtype.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -40,7 +40,8 @@ def short(dtype: torch.dtype) -> str:
 
 def cases(setting: Setting) -> list[tuple[str, Callable[[], Case]]]:
     """Name and maker of each case; what matters most comes first, should the time not suffice."""
-    return [*_embedding_cases(setting), *_recurrent_cases(setting)]
+    embeddings = [*_embedding_cases(setting), *_position_cases(setting), *_optimizer_cases(setting)]
+    return [*embeddings, *_recurrent_cases(setting)]
 
 
 # ---- recurrent layers ----------------------------------------------------------------------------
@@ -236,4 +237,131 @@ def _embedding(
         ceiling=setting.ceilings["copy"],
         topic=topic,
         extra=extra,
+    )
+
+
+def _position_cases(setting: Setting) -> Iterator[tuple[str, Callable[[], Case]]]:
+    # (V, D, B, L)
+    size = (50, 16, 2, 10) if setting.tiny else (50257, 768, 8, 1024)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for training in (False, True):
+            topic = f"token + position + norm {'training' if training else 'forward'} {short(dtype)}"
+            yield (
+                f"{topic} V,D,B,L={size}",
+                lambda a=(setting, training, dtype, size, topic): _position(*a),
+            )
+
+
+def _position(
+    setting: Setting,
+    training: bool,
+    dtype: torch.dtype,
+    size: tuple[int, int, int, int],
+    topic: str,
+) -> Case:
+    """With dropout in training, as a model has it."""
+    torch.manual_seed(0)
+    V, D, B, L = size
+    ids = zipf_ids(V, B * L).view(B, L).to(setting.device)
+    made = {"device": setting.device, "dtype": dtype}
+    start = [torch.randn(V, D, **made), torch.randn(L, D, **made)]
+    start += [torch.randn(D, **made), torch.randn(D, **made)]
+    d_out = torch.randn(B, L, D, **made)
+
+    def plain(p: float, token: torch.Tensor, position: torch.Tensor, *affine: Any) -> Any:
+        x = F.layer_norm(F.embedding(ids, token) + position, (D,), *affine)
+        return F.dropout(x, p) if p else x
+
+    def fused(p: float, token: torch.Tensor, position: torch.Tensor, *affine: Any) -> Any:
+        return token_position_embedding(
+            ids, token, position, None, *affine, norm="layer", dropout_p=p
+        )
+
+    def stepper(f: Callable[..., Any], p: float) -> Run:
+        # Parameters of its own: a step that drops the peer's gradients would pay for freeing them.
+        parameters = [torch.nn.Parameter(t.clone()) for t in start]
+
+        def step() -> list[torch.Tensor]:
+            if not training:
+                with torch.no_grad():
+                    return [f(0.0, *parameters)]
+            for parameter in parameters:
+                parameter.grad = None
+            out = f(p, *parameters)
+            out.backward(d_out)
+            return [out.detach(), *(parameter.grad for parameter in parameters)]
+
+        return step
+
+    extra: dict[str, Any] = {}
+    peers = {"torch": stepper(plain, 0.1)}
+    if not setting.tiny:
+        try:
+            peers["compile"] = stepper(torch.compile(plain, dynamic=False), 0.1)
+            peers["compile"]()
+        except Exception as error:
+            peers.pop("compile")
+            extra["no_compile"] = f"{type(error).__name__}: {error}"[:200]
+
+    def check() -> None:  # masks differ: what is computed is compared without dropout
+        assert_close(stepper(fused, 0.0)(), stepper(plain, 0.0)(), TOLERANCE[dtype], "torch")
+
+    distinct = ids.unique().numel()
+    moved = (4 * B * L + 3 * distinct if training else 2 * B * L) * D
+    return Case(
+        f"{topic} V,D,B,L={size}",
+        ours=stepper(fused, 0.1),
+        peers=peers,
+        check=check,
+        bytes=moved * d_out.element_size(),
+        ceiling=setting.ceilings["copy"],
+        topic=topic,
+        extra=extra,
+    )
+
+
+# ---- optimizers of embedding tables --------------------------------------------------------------
+
+
+def _optimizer_cases(setting: Setting) -> Iterator[tuple[str, Callable[[], Case]]]:
+    for name, moved in (("SGD", 2), ("Adagrad", 4), ("SparseAdam", 6)):
+        topic = f"{name} step fp32"
+        yield topic, lambda a=(setting, name, moved, topic): _optimizer(*a)
+
+
+def _optimizer(setting: Setting, name: str, moved: int, topic: str) -> Case:
+    """A step on the coalesced gradient of a lookup. Its number of rows is a shape: no graphs."""
+    torch.manual_seed(0)
+    V, D, N = (50, 16, 20) if setting.tiny else (50257, 768, 8192)
+    rows = zipf_ids(V, N).unique().to(setting.device)
+    values = torch.randn(rows.numel(), D, device=setting.device)
+    start = torch.randn(V, D, device=setting.device)
+
+    def stepper(optimizer: Callable[..., torch.optim.Optimizer]) -> Run:
+        weight = torch.nn.Parameter(start.clone())
+        weight.grad = torch.sparse_coo_tensor(
+            rows[None], values, (V, D), is_coalesced=True, check_invariants=False
+        )
+        instance = optimizer([weight], lr=1e-3)
+
+        def step() -> list[torch.Tensor]:
+            instance.step()
+            return [weight.detach()]
+
+        return step
+
+    ours, theirs = getattr(lmkern.optim, name), getattr(torch.optim, name)
+
+    def check() -> None:
+        assert_close(stepper(ours)(), stepper(theirs)(), 1e-5, "torch")
+
+    return Case(
+        f"{topic} V,D,N={(V, D, N)}",
+        ours=stepper(ours),
+        peers={"torch": stepper(theirs)},
+        check=check,
+        bytes=(moved + 1) * values.numel() * 4,
+        ceiling=setting.ceilings["copy"],
+        topic=topic,
+        extra={},
     )

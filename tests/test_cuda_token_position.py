@@ -217,7 +217,7 @@ def test_many_partial_sums(plain):
     space = ops.workspace(d_out, plain.token_position_workspace(20000, 4, 3, 1, False))
     rows = (None, None, None, None, 0, 4, None, None, 1.0)
     plain.token_position_backward(
-        rows, d_out, None, None, 0.0, 0, None, d_position, None, None, space
+        rows, d_out, None, None, 0.0, None, None, d_position, None, None, space
     )
     assert torch.equal(d_position, d_out.view(5000, 4, 3).sum(0))
 
@@ -305,8 +305,10 @@ def test_arguments_are_checked(kernels):
         run(a)
     with pytest.raises(IndexError, match="input must be empty for V = 0"):
         run(problem((2, 5), 8, token=torch.empty(0, 8)))
+    with pytest.raises(ValueError, match=r"seed must be \[\]"):
+        run(problem((2, 5), 8, seed=torch.zeros(1, dtype=torch.int64)))
     with pytest.raises(ValueError, match=r"workspace must be \[token_position_workspace\] = \[32\]"):
         kernels.token_position_backward(
-            (None, None, None, None, 0, 2, None, None, 1.0), torch.ones(2, 8), None, None, 0.0, 0,
+            (None, None, None, None, 0, 2, None, None, 1.0), torch.ones(2, 8), None, None, 0.0, None,
             None, torch.empty(2, 8), None, None, torch.empty(0, dtype=torch.uint8),
         )  # fmt: skip

@@ -25,13 +25,13 @@ TokenPosition token_position(const TokenPositionRows& members) {
 void bind_token_position(pybind11::module_& m) {
   m.def("token_position_forward",
         [](const TokenPositionRows& rows, TensorView weight, TensorView bias, double eps,
-           double dropout_p, std::int64_t seed, TensorView out, TensorView statistics) {
+           double dropout_p, TensorView seed, TensorView out, TensorView statistics) {
           call(token_position_forward,
                {token_position(rows), weight, bias, eps, dropout_p, seed, out, statistics});
         });
   m.def("token_position_backward",
         [](const TokenPositionRows& rows, TensorView d_out, TensorView statistics,
-           TensorView weight, double dropout_p, std::int64_t seed, TensorView d_sum,
+           TensorView weight, double dropout_p, TensorView seed, TensorView d_sum,
            TensorView d_position, TensorView d_weight, TensorView d_bias, TensorView workspace) {
           call(token_position_backward, {token_position(rows), d_out, statistics, weight, dropout_p,
                                          seed, d_sum, d_position, d_weight, d_bias, workspace});

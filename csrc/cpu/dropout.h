@@ -5,6 +5,7 @@
 //   word n % 4 of philox(counter = {n / 4, its upper half, 0, 0}, key = seed)
 //   keep(n) = word >= round(p 2^32) ? 1 / (1 - p) : 0            p = 1 keeps nothing
 #pragma once
+#include "core/tensor_view.h"
 #include "cpu/philox.h"
 
 namespace lmkern::cpu::LMKERN_ISA_NAMESPACE {
@@ -16,6 +17,8 @@ class Dropout {
 
   LMKERN_INLINE Dropout(double p, std::int64_t seed)
       : seed_(static_cast<std::uint64_t>(seed)), rule_(p) {}
+  LMKERN_INLINE Dropout(double p, const TensorView& seed)  // absent without dropout
+      : Dropout(p, p > 0 ? *seed.ptr<const std::int64_t>() : 0) {}
 
   // keep of the elements 4 quad .. 4 quad + kBlock, in order; for float, in registers.
   LMKERN_INLINE void block(std::int64_t quad, Vec<float> (&keep)[4]) const {

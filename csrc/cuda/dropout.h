@@ -2,18 +2,32 @@
 // same bits as on the CPU.
 #pragma once
 #include "core/philox.h"
+#include "core/tensor_view.h"
 #include "cuda/device/base.h"
 
 namespace lmkern::cuda {
 
+// What a launch passes on: the seed lies in the GPU's memory, so that a CUDA graph draws another one in
+// each replay.
+template <class T>
+struct DropoutRule {
+  KeepRule<T> keep;
+  const std::int64_t* seed;  // null: no dropout
+
+  DropoutRule(double p, const TensorView& seed)
+      : keep(p), seed(p > 0 ? seed.ptr<const std::int64_t>() : nullptr) {}
+};
+
 template <class T>
 struct Dropout {
-  std::uint64_t seed;
   KeepRule<T> rule;
   bool on;
+  std::uint64_t seed;
 
-  Dropout(double p, std::int64_t seed)
-      : seed(static_cast<std::uint64_t>(seed)), rule(p), on(p > 0) {}
+  explicit LMKERN_DEVICE Dropout(const DropoutRule<T>& rule)
+      : rule(rule.keep),
+        on(rule.seed != nullptr),
+        seed(on ? static_cast<std::uint64_t>(*rule.seed) : 0) {}
 
   // x *= keep, of the elements from flat index `first` on, a multiple of kVec; nothing without dropout.
   template <int kVec>

@@ -27,7 +27,7 @@ struct ForwardRows {
   std::int64_t rows, width;
   NormParameter<S> weight, bias;
   T eps;
-  Dropout<T> dropout;
+  DropoutRule<T> dropout;
   S* out;
   T* statistics;  // [2 or 1, N]; null: no norm
   bool centred;
@@ -46,6 +46,7 @@ add_rows(ForwardRows<S> r) {
   const std::int64_t thread = kBlock ? thread_index() : lane_index();
   const RowOrder::Place place = r.order.at(k);
   const std::int64_t n = place.n;
+  const Dropout<T> dropout(r.dropout);
   const Addends<S> addends = r.tables.at(n, place.l, thread == 0);
 
   T held[kHeld > 0 ? kHeld : 1][kVec];
@@ -69,7 +70,7 @@ add_rows(ForwardRows<S> r) {
     }
   };
   const auto write = [&](std::int64_t column, T(&y)[kVec]) {
-    r.dropout.apply(n * r.width + column, y);
+    dropout.apply(n * r.width + column, y);
     Piece<S, kVec> piece;
     LMKERN_UNROLL
     for (int i = 0; i < kVec; ++i) piece.at[i] = from_accumulate<S>(y[i]);
@@ -127,7 +128,7 @@ void Kernels::token_position_forward(const TokenPositionForwardArgs& a) {
                            NormParameter<S>(a.weight),
                            NormParameter<S>(a.bias),
                            static_cast<T>(a.eps),
-                           Dropout<T>(a.dropout_p, a.seed),
+                           DropoutRule<T>(a.dropout_p, a.seed),
                            a.out.ptr<S>(),
                            a.statistics.ptr<T>(),
                            a.statistics.defined() && a.statistics.shape[0] == 2};

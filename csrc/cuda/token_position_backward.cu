@@ -66,7 +66,7 @@ struct BackwardRows {
   const T* statistics;  // [2 or 1, N]; null: no norm
   bool centred;
   NormParameter<S> weight;
-  Dropout<T> dropout;
+  DropoutRule<T> dropout;
   S *d_sum, *d_position;  // null: not wanted
   // [blocks, D]: what the blocks have summed; null: not wanted. That of positions is needed where blocks
   // share one, or a thread has several pieces of columns.
@@ -121,6 +121,7 @@ row_gradients(BackwardRows<S> r) {
   const std::int64_t first = std::int64_t{thread_index()} * kVec;
   const std::int64_t step = std::int64_t{thread_count()} * kVec;
   const bool norm = r.statistics != nullptr;
+  const Dropout<T> dropout(r.dropout);
   const auto part = [&](T* parts) {
     return parts == nullptr ? nullptr : parts + block_x() * r.width;
   };
@@ -161,7 +162,7 @@ row_gradients(BackwardRows<S> r) {
         p.g[i] = to_accumulate(piece.at[i]);
         p.xhat[i] = norm ? (p.xhat[i] - mean[j]) * rstd[j] : T(0);
       }
-      r.dropout.apply(flat, p.g);
+      dropout.apply(flat, p.g);
     };
 
     GradientPiece<T, kVec> held[kTogether];
@@ -284,7 +285,7 @@ void backward(const TokenPositionBackwardArgs& a) {
                             a.statistics.ptr<const T>(),
                             a.statistics.defined() && a.statistics.shape[0] == 2,
                             NormParameter<S>(a.weight),
-                            Dropout<T>(a.dropout_p, a.seed),
+                            DropoutRule<T>(a.dropout_p, a.seed),
                             a.d_sum.ptr<S>(),
                             a.d_position.ptr<S>(),
                             weight_parts,

@@ -74,8 +74,9 @@ void check_parameter(const Check& check, const char* name, const TensorView& p, 
   check.tensor(name, p, p.dtype == wide(dtype) ? p.dtype : dtype, {width}, "[D]");
 }
 
-void check_dropout(const Check& check, double p) {
+void check_dropout(const Check& check, double p, const TensorView& seed) {
   if (!(p >= 0 && p <= 1)) check.fail("dropout_p must be in [0, 1], got " + std::to_string(p));
+  if (p > 0) check.tensor("seed", seed, DType::kInt64, {}, "[]");
 }
 
 void check_workspace(const Check& check, const TokenPositionBackwardArgs& a) {
@@ -99,7 +100,7 @@ void token_position_forward(const TokenPositionForwardArgs& a) {
   check_norm(check, a.statistics, dtype, rows);
   check_parameter(check, "weight", a.weight, dtype, width, a.statistics);
   check_parameter(check, "bias", a.bias, dtype, width, a.statistics);
-  check_dropout(check, a.dropout_p);
+  check_dropout(check, a.dropout_p, a.seed);
   check.tensor("out", a.out, dtype, {rows, width}, "[N, D]");
   backend::kernels().token_position_forward(a);
 }
@@ -122,7 +123,7 @@ void token_position_backward(const TokenPositionBackwardArgs& a) {
   }
   check_norm(check, a.statistics, dtype, rows);
   check_parameter(check, "weight", a.weight, dtype, width, a.statistics);
-  check_dropout(check, a.dropout_p);
+  check_dropout(check, a.dropout_p, a.seed);
   check.optional("d_sum", a.d_sum, dtype, {rows, width}, "[N, D]");
   check.optional("d_position", a.d_position, dtype, {a.rows.length, width}, "[L, D]");
   check_parameter(check, "d_weight", a.d_weight, wide(dtype), width, a.statistics);

@@ -45,7 +45,7 @@ struct TokenPositionForwardArgs {
   TensorView weight, bias;  // [D], or absent
   double eps;
   double dropout_p;
-  std::int64_t seed;
+  TensorView seed;        // int64 [], absent without dropout
   TensorView out;         // [N, D] out
   TensorView statistics;  // [2 or 1, N] out, or absent
 };
@@ -56,7 +56,7 @@ struct TokenPositionBackwardArgs {
   TensorView statistics;  // [2 or 1, N], or absent
   TensorView weight;      // [D], or absent
   double dropout_p;
-  std::int64_t seed;
+  TensorView seed;              // int64 [], absent without dropout
   TensorView d_sum;             // [N, D] out, or absent
   TensorView d_position;        // [L, D] out, or absent
   TensorView d_weight, d_bias;  // [D] out, or absent

@@ -299,7 +299,7 @@ def token_position_forward(
     bias: Tensor | None,
     eps: float,
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
     out: Tensor,
     statistics: Tensor | None,
 ) -> None: ...
@@ -309,7 +309,7 @@ def token_position_backward(
     statistics: Tensor | None,
     weight: Tensor | None,
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
     d_sum: Tensor | None,
     d_position: Tensor | None,
     d_weight: Tensor | None,

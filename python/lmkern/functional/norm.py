@@ -140,7 +140,7 @@ def add_norm(
     if residual is input:  # torch.compile refuses one tensor in two places of an autograd Function
         residual = residual.view_as(residual)
     args = (
-        input, residual, input_bias, weight, bias, dropout_seed(p), len(shape),
+        input, residual, input_bias, weight, bias, dropout_seed(p, input), len(shape),
         default_eps(eps, input, rms), rms, p,
     )  # fmt: skip
     if needs_grad(input, residual, input_bias, weight, bias):
@@ -200,9 +200,13 @@ def check_dropout(op: str, p: float) -> float:
     return p
 
 
-def dropout_seed(p: float) -> Tensor | None:
-    """One number of torch's default generator, so that torch.manual_seed rules."""
-    return torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if p > 0.0 else None
+def dropout_seed(p: float, like: Tensor) -> Tensor | None:
+    """One number of torch's default generator, so that torch.manual_seed rules.
+
+    On a GPU it lies there: nothing waits for it, and a CUDA graph draws another one in each replay.
+    """
+    device = like.device if like.is_cuda else "cpu"
+    return torch.randint(1 << 62, (), dtype=torch.int64, device=device) if p > 0.0 else None
 
 
 def default_eps(eps: float | None, input: Tensor, rms: bool) -> float:

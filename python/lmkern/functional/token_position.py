@@ -98,7 +98,7 @@ def token_position_embedding(
     if position is not None and (positions is None or positions.shape != input.shape):
         length = input.shape[-1] if input.dim() else 1
     tables = token, position, segment, weight, bias
-    indices = input, positions, segments, dropout_seed(p)
+    indices = input, positions, segments, dropout_seed(p, token)
     eps = default_eps(eps, token, rms)
     options = float(scale), NORMS.index(norm), eps, p
     if needs_grad(*tables):

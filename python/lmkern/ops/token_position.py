@@ -53,17 +53,6 @@ def _parameter(p: Tensor | None) -> Tensor | None:
     return None if p is None else p.contiguous()
 
 
-def _number(seed: Tensor | None, like: Tensor) -> int:
-    if seed is None:
-        return 0
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "token_position_embedding: dropout_p must be 0 while a CUDA graph is captured, which would "
-            "drop the same elements in every replay"
-        )
-    return int(seed)
-
-
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     input, token, norm = args[0], args[1], args[-3]
     statistics = token.new_empty((norm, input.numel()), dtype=accumulate_dtype(token.dtype))
@@ -76,7 +65,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     flat = out.view(args[0].numel(), args[1].shape[1])
     kernels_of(args[1]).token_position_forward(
         _contiguous(tuple(rows)), _parameter(weight), _parameter(bias), eps, dropout_p,
-        _number(seed, flat), flat, statistics if norm else None,
+        seed, flat, statistics if norm else None,
     )  # fmt: skip
     return out, statistics
 
@@ -107,7 +96,7 @@ def _backward(d_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
         space = workspace(d_out, size)
     kernels.token_position_backward(
         _contiguous(tuple(rows)), d_out.reshape(shape).contiguous(), statistics if norm else None,
-        _parameter(weight), dropout_p, _number(seed, d_out), d_sum, *rest, space,
+        _parameter(weight), dropout_p, seed, d_sum, *rest, space,
     )  # fmt: skip
     return grads
 
