@@ -245,7 +245,9 @@ def _position_cases(setting: Setting) -> Iterator[tuple[str, Callable[[], Case]]
     size = (50, 16, 2, 10) if setting.tiny else (50257, 768, 8, 1024)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for training in (False, True):
-            topic = f"token + position + norm {'training' if training else 'forward'} {short(dtype)}"
+            topic = (
+                f"token + position + norm {'training' if training else 'forward'} {short(dtype)}"
+            )
             yield (
                 f"{topic} V,D,B,L={size}",
                 lambda a=(setting, training, dtype, size, topic): _position(*a),

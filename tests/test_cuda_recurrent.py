@@ -33,9 +33,11 @@ def kernels(request, monkeypatch):
     module = importlib.import_module(f"lmkern.{request.param}")
     monkeypatch.setattr(recurrent_passes, "kernels_of", lambda tensor: module)
     monkeypatch.setattr(recurrent_passes, "takes_cuda", lambda tensor: True)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
     yield module
     module.recurrent_begin_at("cluster")
     module.set_schedule("fifo", 0)
+    module.set_device(8, 16, 227 << 10)
 
 
 class Problem:
@@ -178,6 +180,41 @@ def test_packed_sequences(kernels):
             check(problem, torch.float32)
 
 
+# Multiprocessors, blocks of a cluster and bytes of shared memory: as a GPU of compute capability 8.0, one of 12.0
+# and one that is full with a single block.
+@pytest.mark.parametrize(
+    "device", [(60, 1, 163 << 10), (60, 8, 99 << 10), (1, 1, 99 << 10)], ids=["8.0", "12.0", "small"]
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["cluster", "persistent", "steps"])
+def test_other_devices(kernels, device, path):
+    kernels.recurrent_begin_at(path)
+    kernels.set_device(*device)
+    for dtype in TOLERANCE:
+        for cell, options in (("lstm", ()), ("gru", ("norm",)), ("lstm", ("projection",))):
+            check(Problem(cell, dtype, (2, 9, 3, 24), ("initial", *options)), dtype)
+    if not kernels.race_mode():
+        check(Problem("lstm", torch.bfloat16, (2, 20, 3, 200), ("initial",)), torch.bfloat16)
+
+
+@pytest.mark.parametrize("path", ["cluster", "persistent", "steps"])
+@pytest.mark.parametrize("batch", [3, 14, 27, 50])
+def test_tf32(kernels, path, batch, monkeypatch):
+    """Rounded operands where torch allows it, in float32 only."""
+    if kernels.race_mode() and batch > 20:
+        pytest.skip("slow where each access is checked")
+    kernels.recurrent_begin_at(path)
+    kernels.set_device(2, 16, 227 << 10)
+    problem = Problem("lstm", torch.float32, (3, batch, 4, 24), ("initial",))
+    (exact, *_), gradients = problem.ours()
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    (rounded, *_), rounded_gradients = problem.ours()
+    assert 1e-5 < (exact - rounded).abs().max() < 1e-2
+    for a, b in zip(gradients, rounded_gradients, strict=True):
+        assert (a - b).norm() <= 2e-3 * b.norm()
+    double = Problem("lstm", torch.float64, (3, batch, 4, 24), ("initial",))
+    check(double, torch.float64)
+
+
 def test_a_layer_beyond_one_multiprocessor_group(kernels):
     """More units than the resident blocks hold takes the per-step path."""
     if kernels.race_mode():
@@ -189,22 +226,8 @@ def test_workspace_is_checked(kernels):
     w_hh, gates, y = torch.zeros(8, 2), torch.zeros(6, 8), torch.zeros(6, 2)
     state = torch.zeros(3, 2)
     options = (
-        0,
-        False,
-        3,
-        w_hh,
-        *(None,) * 6,
-        1e-5,
-        None,
-        None,
-        None,
-        0.0,
-        0.0,
-        None,
-        None,
-        None,
-        None,
-    )
+        0, False, 3, w_hh, *(None,) * 6, 1e-5, None, None, None, 0.0, 0.0, None, None, None, None, False,
+    )  # fmt: skip
     with pytest.raises(
         ValueError, match=r"workspace must be \[recurrent_workspace\] = \[\d+\], got \[5\]"
     ):
@@ -215,6 +238,6 @@ def test_workspace_is_checked(kernels):
     lengths = torch.ones(3, dtype=torch.int64)
     with pytest.raises(ValueError, match="lengths and offsets must be absent on the CPU"):
         _C.recurrent_forward(
-            (*options[:18], lengths, None), gates, None, None, None, y, state, state, None, None, None,
+            (*options[:18], lengths, None, False), gates, None, None, None, y, state, state, None, None, None,
             None, True, None, False,
         )  # fmt: skip

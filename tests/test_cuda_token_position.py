@@ -307,7 +307,9 @@ def test_arguments_are_checked(kernels):
         run(problem((2, 5), 8, token=torch.empty(0, 8)))
     with pytest.raises(ValueError, match=r"seed must be \[\]"):
         run(problem((2, 5), 8, seed=torch.zeros(1, dtype=torch.int64)))
-    with pytest.raises(ValueError, match=r"workspace must be \[token_position_workspace\] = \[32\]"):
+    with pytest.raises(
+        ValueError, match=r"workspace must be \[token_position_workspace\] = \[32\]"
+    ):
         kernels.token_position_backward(
             (None, None, None, None, 0, 2, None, None, 1.0), torch.ones(2, 8), None, None, 0.0, None,
             None, torch.empty(2, 8), None, None, torch.empty(0, dtype=torch.uint8),

@@ -74,6 +74,9 @@ PYBIND11_MODULE(LMKERN_CUDA_MODULE, m, py::mod_gil_not_used()) {
   m.def("take_index_error", lmkern::cuda::take_index_error);
 #if defined(LMKERN_SIMT)
   m.def("set_schedule", set_schedule);
+  m.def("set_device", [](int multiprocessors, int max_cluster, std::size_t max_shared_bytes) {
+    lmkern::simt::set_device({multiprocessors, max_cluster, max_shared_bytes});
+  });
   m.def("race_mode", lmkern::simt::race_mode);
   m.def("planted_names", lmkern::simt::planted_names);
   m.def("run_planted", lmkern::simt::run_planted);

@@ -17,7 +17,7 @@ namespace {
 using Options =
     std::tuple<int, bool, std::int64_t, TensorView, TensorView, TensorView, TensorView, TensorView,
                TensorView, TensorView, double, TensorView, TensorView, TensorView, double, double,
-               TensorView, TensorView, TensorView, TensorView>;
+               TensorView, TensorView, TensorView, TensorView, bool>;
 
 RecurrentOptions recurrent_options(const Options& members) {
   return std::apply(

@@ -85,11 +85,11 @@ std::string run_narrow(const Format& format) {
 enum class Function { kTanh, kSigmoid };
 
 // registers: 32, spills: 0
-template <Function kFunction, class T>
+template <Function kFunction, class Math, class T>
 LMKERN_KERNEL(kThreads, 1)
 apply(const T* in, T* out, int count) {
   for (int i = first(); i < count; i += stride())
-    out[i] = kFunction == Function::kTanh ? DeviceMath::tanh(in[i]) : DeviceMath::sigmoid(in[i]);
+    out[i] = kFunction == Function::kTanh ? Math::tanh(in[i]) : Math::sigmoid(in[i]);
 }
 
 // Distance from the exact result in units of its last place.
@@ -104,7 +104,7 @@ double ulps(T got, long double exact) {
 }
 
 // Against the bounds of math.h.
-template <Function kFunction, class T>
+template <Function kFunction, class Math, class T>
 std::string run_math(double bound) {
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
   std::vector<T> values{T(0), -T(0), kInfinity, -kInfinity, std::numeric_limits<T>::quiet_NaN()};
@@ -113,8 +113,8 @@ std::string run_math(double bound) {
   for (int i = -120; i < 0; ++i)
     for (T sign : {T(1), T(-1)}) values.push_back(sign * std::ldexp(T(1.3), i));
   DeviceBuffer<T> in(values), out(values.size());
-  launch<apply<kFunction, T>>(kGrid, Stream{}, static_cast<const T*>(in.data()), out.data(),
-                              static_cast<int>(values.size()));
+  launch<apply<kFunction, Math, T>>(kGrid, Stream{}, static_cast<const T*>(in.data()), out.data(),
+                                    static_cast<int>(values.size()));
   const std::vector<T> got = out.values();
   for (std::size_t i = 0; i < values.size(); ++i) {
     const auto x = static_cast<long double>(values[i]);
@@ -134,10 +134,12 @@ std::vector<GoldenCase> convert_goldens() {
       {"to_accumulate.float16", [] { return run_widen<float16>(kFloat16Format); }},
       {"from_accumulate.bfloat16", [] { return run_narrow<bfloat16>(kBFloat16Format); }},
       {"from_accumulate.float16", [] { return run_narrow<float16>(kFloat16Format); }},
-      {"tanh.float", [] { return run_math<Function::kTanh, float>(2); }},
-      {"tanh.double", [] { return run_math<Function::kTanh, double>(2); }},
-      {"sigmoid.float", [] { return run_math<Function::kSigmoid, float>(4); }},
-      {"sigmoid.double", [] { return run_math<Function::kSigmoid, double>(4); }},
+      {"tanh.float", [] { return run_math<Function::kTanh, DeviceMath, float>(2); }},
+      {"tanh.double", [] { return run_math<Function::kTanh, DeviceMath, double>(2); }},
+      {"sigmoid.float", [] { return run_math<Function::kSigmoid, DeviceMath, float>(4); }},
+      {"sigmoid.double", [] { return run_math<Function::kSigmoid, DeviceMath, double>(4); }},
+      {"tanh.fast", [] { return run_math<Function::kTanh, FastMath, float>(256); }},
+      {"sigmoid.fast", [] { return run_math<Function::kSigmoid, FastMath, float>(256); }},
   };
 }
 

@@ -162,7 +162,7 @@ void Kernels::recurrent_step(const RecurrentStepArgs& a) {
                           a.h.ptr<const S>(),  a.c.ptr<const S>(),      a.h_next.ptr<S>(),
                           a.y.ptr<S>(),        a.c_next.ptr<S>(),       a.gates.ptr<S>(),
                           a.cells.ptr<A>(),    a.hidden.ptr<A>()};
-    dispatch_cell(a.cell, [&](auto tag) {
+    dispatch_cell<S>(a.cell, [&](auto tag) {
       launch<single_step<S, typename decltype(tag)::type>>(grid_of(B, H), current_stream(), p);
     });
   });
@@ -180,7 +180,7 @@ void Kernels::recurrent_step_backward(const RecurrentStepBackwardArgs& a) {
         static_cast<int>(H),    a.d_h.ptr<const S>(), a.d_y.ptr<const S>(), a.d_c.ptr<const S>(),
         a.gates.ptr<const S>(), a.h.ptr<const S>(),   a.c.ptr<const S>(),   a.hidden.ptr<const A>(),
         a.d_gates.ptr<S>(),     a.d_hh.ptr<S>(),      a.d_h_prev.ptr<S>(),  a.d_c_prev.ptr<S>()};
-    dispatch_cell(a.cell, [&](auto tag) {
+    dispatch_cell<S>(a.cell, [&](auto tag) {
       launch<single_step_backward<S, typename decltype(tag)::type>>(grid_of(B, H), current_stream(),
                                                                     p);
     });

@@ -11,6 +11,7 @@
 #include "cuda/recurrent_persistent.h"
 
 #include "cuda/device/group_barrier.h"
+#include "cuda/resident_weights.h"
 #include "cuda/zero.h"
 
 namespace lmkern::cuda {
@@ -37,27 +38,23 @@ persistent_forward(PersistentForward<S> p) {
   const int units = H - u0 < p.plan.units ? H - u0 : p.plan.units;
   const int rows = layer.batch - b0 < p.plan.rows ? layer.batch - b0 : p.plan.rows;
   // The plan's extents, which are the same in every block, place the memory.
-  const SliceShape<S> placed{kGates * p.plan.units, layer.width, p.plan.rows};
+  const SliceShape<S> placed{kGates * p.plan.units, layer.width, p.plan.rows, p.plan.chunk};
   S* const weights = shared_memory<S>();
   S* const stages = shared_memory<S>(placed.weight_bytes());
-  A* const partial = shared_memory<A>(placed.weight_bytes() + 2 * placed.stage_bytes());
+  A* const partial = shared_memory<A>(placed.weight_bytes() + placed.staged_bytes());
   A* const h =
-      shared_memory<A>(placed.weight_bytes() + 2 * placed.stage_bytes() + placed.partial_bytes());
+      shared_memory<A>(placed.weight_bytes() + placed.staged_bytes() + placed.partial_bytes());
   A* const c = h + p.plan.units * p.plan.rows;
-  const SliceProduct<S> product{{kGates * p.plan.units, layer.width, rows}, partial};
+  const SliceProduct<S> product({kGates * p.plan.units, layer.width, rows, p.plan.chunk}, partial,
+                                layer.tf32);
   const std::int64_t stride = product.shape.operand_stride();
 
   // Row g * units + u of the slice is row g * H + u0 + u of W_hh.
-  const int weight_stride = product.shape.weight_stride();
-  for (int r = warp_index(); r < product.shape.tiles() * kTileRows; r += kProductWarps) {
-    const int g = r / p.plan.units, u = r % p.plan.units;
-    const bool exists = g < kGates && u < units;
-    const std::int64_t from =
-        exists ? (static_cast<std::int64_t>(g) * H + u0 + u) * layer.width : 0;
-    for (int k = lane_index(); k < product.shape.padded_depth(); k += 32)
-      weights[r * weight_stride + k] =
-          exists && k < layer.width ? layer.w_hh[from + k] : from_accumulate<S>(A(0));
-  }
+  load_weight_rows(weights, product.shape.weight_stride(), product.tiles * kTileRows,
+                   product.shape.padded_depth(), layer.w_hh, layer.width, [&](int r) {
+                     const int g = r / p.plan.units, u = r % p.plan.units;
+                     return g < kGates && u < units ? g * H + u0 + u : -1;
+                   });
   for (int i = thread_index(); i < units * rows; i += kProductThreads) {
     const int u = u0 + i % units, b = b0 + i / units;
     const std::int64_t at = static_cast<std::int64_t>(b) * H + u;
@@ -67,16 +64,22 @@ persistent_forward(PersistentForward<S> p) {
   }
 
   GroupBarrier barrier{p.work.counters + slice, static_cast<std::uint32_t>(p.plan.group)};
+  const int mine = thread_index();
+  CellState<Cell, S> state{};
   for (int s = 0; s < layer.steps; ++s) {
+    // What does not come from other units is loaded while those are waited for; of a thread's first place.
+    if (mine < units * rows)
+      p.units.template begin<Cell>(layer.time(s), b0 + mine / units, u0 + mine % units, state);
     barrier.wait();
     product.run(weights, stages, p.work.operands + (s % 2) * p.work.slot + b0 * stride);
     S* const next = p.work.operands + ((s + 1) % 2) * p.work.slot;
-    for (int i = thread_index(); i < units * rows; i += kProductThreads) {
+    for (int i = mine; i < units * rows; i += kProductThreads) {
       const int local = i % units, u = u0 + local, b = i / units;
+      if (i != mine) p.units.template begin<Cell>(layer.time(s), b0 + b, u, state);
       A hh[kGates];
       LMKERN_UNROLL
       for (int g = 0; g < kGates; ++g) hh[g] = product.sum(g * p.plan.units + local, b);
-      p.units.template step<Cell>(layer.time(s), b0 + b, u, hh, h[i], c[i]);
+      p.units.template step<Cell>(state, u, hh, h[i], c[i]);
       next[(b0 + b) * stride + u] = layer.operand(s + 1, b0 + b, u, h[i]);
     }
   }
@@ -111,24 +114,19 @@ persistent_backward(PersistentBackward<S> p) {
   const int u0 = block_x() % p.plan.group * p.plan.units, b0 = slice * p.plan.rows;
   const int units = H - u0 < p.plan.units ? H - u0 : p.plan.units;
   const int rows = layer.batch - b0 < p.plan.rows ? layer.batch - b0 : p.plan.rows;
-  const SliceShape<S> placed{p.plan.units, depth, p.plan.rows};
+  const SliceShape<S> placed{p.plan.units, depth, p.plan.rows, p.plan.chunk};
   S* const weights = shared_memory<S>();
   S* const stages = shared_memory<S>(placed.weight_bytes());
-  A* const partial = shared_memory<A>(placed.weight_bytes() + 2 * placed.stage_bytes());
+  A* const partial = shared_memory<A>(placed.weight_bytes() + placed.staged_bytes());
   A* const d_h =
-      shared_memory<A>(placed.weight_bytes() + 2 * placed.stage_bytes() + placed.partial_bytes());
+      shared_memory<A>(placed.weight_bytes() + placed.staged_bytes() + placed.partial_bytes());
   A* const d_c = d_h + p.plan.units * p.plan.rows;
-  const SliceProduct<S> product{{p.plan.units, depth, rows}, partial};
+  const SliceProduct<S> product({p.plan.units, depth, rows, p.plan.chunk}, partial, layer.tf32);
   const std::int64_t stride = product.shape.operand_stride();
 
   // Row u of the slice is column u0 + u of W_hh.
-  const int weight_stride = product.shape.weight_stride(), all = product.shape.tiles() * kTileRows;
-  for (int i = thread_index(); i < all * product.shape.padded_depth(); i += kProductThreads) {
-    const int u = i % all, k = i / all;
-    const bool exists = u < units && k < depth;
-    const std::int64_t from = exists ? static_cast<std::int64_t>(k) * layer.width + u0 + u : 0;
-    weights[u * weight_stride + k] = exists ? layer.w_hh[from] : from_accumulate<S>(A(0));
-  }
+  load_weight_columns(weights, product.shape.weight_stride(), product.tiles * kTileRows,
+                      product.shape.padded_depth(), layer.w_hh, depth, layer.width, u0, units);
   for (int i = thread_index(); i < units * rows; i += kProductThreads) {
     const std::int64_t at = static_cast<std::int64_t>(b0 + i / units) * H + u0 + i % units;
     d_h[i] = load_optional(p.units.d_h_n, at);
@@ -137,9 +135,12 @@ persistent_backward(PersistentBackward<S> p) {
 
   GroupBarrier barrier{p.work.counters + slice, static_cast<std::uint32_t>(p.plan.group)};
   // One step more than there are, which only brings dL/dh to the initial state.
-  const int last = p.units.d_h0 != nullptr ? -1 : 0;
+  const int last = p.units.d_h0 != nullptr ? -1 : 0, mine = thread_index();
+  CellState<Cell, S> state{};
   for (int s = layer.steps - 1; s >= last; --s) {
     const bool multiplies = s + 1 < layer.steps;
+    if (s >= 0 && mine < units * rows)
+      p.units.template begin<Cell>(layer.time(s), b0 + mine / units, u0 + mine % units, state);
     if (multiplies) {
       barrier.wait();
       product.run(weights, stages, p.work.operands + ((s + 1) % 2) * p.work.slot + b0 * stride);
@@ -147,7 +148,7 @@ persistent_backward(PersistentBackward<S> p) {
       block_barrier();
     }
     S* const operand = p.work.operands + (s & 1) * p.work.slot;
-    for (int i = thread_index(); i < units * rows; i += kProductThreads) {
+    for (int i = mine; i < units * rows; i += kProductThreads) {
       const int local = i % units, u = u0 + local, b = b0 + i / units;
       if (multiplies) {
         A gradient = product.sum(local, i / units);
@@ -156,11 +157,11 @@ persistent_backward(PersistentBackward<S> p) {
         d_h[i] += gradient;
       }
       if (s < 0) continue;
-      const int t = layer.time(s);
+      if (i != mine) p.units.template begin<Cell>(layer.time(s), b, u, state);
       A d_product[kGates];
-      p.units.template step<Cell>(t, b, u, d_h[i], d_c[i], d_product);
+      p.units.template step<Cell>(state, u, d_h[i], d_c[i], d_product);
       // Where the step began anew, nothing of it reaches the state before.
-      const bool passes = layer.takes_part(t, b) && !layer.resets(layer.row(t, b));
+      const bool passes = state.active && !state.resets;
       LMKERN_UNROLL
       for (int g = 0; g < kGates; ++g)
         operand[b * stride + g * H + u] = from_accumulate<S>(passes ? d_product[g] : A(0));
@@ -195,7 +196,7 @@ template <class S>
 bool recurrent_forward_persistent(const RecurrentForwardArgs& a) {
   if (!is_unitwise(a.options)) return false;
   bool taken = false;
-  dispatch_cell(a.options.cell, [&](auto tag) {
+  dispatch_cell<S>(a.options.cell, [&](auto tag) {
     using Cell = typename decltype(tag)::type;
     const ForwardUnits<S> units(a, Cell::kGates);
     const int H = units.layer.hidden, batch = units.layer.batch;
@@ -212,7 +213,7 @@ template <class S>
 bool recurrent_backward_persistent(const RecurrentBackwardArgs& a) {
   if (!is_unitwise(a.options)) return false;
   bool taken = false;
-  dispatch_cell(a.options.cell, [&](auto tag) {
+  dispatch_cell<S>(a.options.cell, [&](auto tag) {
     using Cell = typename decltype(tag)::type;
     const BackwardUnits<S> units(a, Cell::kGates);
     const int H = units.layer.hidden, batch = units.layer.batch, depth = Cell::kGates * H;

@@ -17,6 +17,7 @@ struct PersistentPlan {
   int slices = 0;    // of the batch
   int rows = 0;      // of a slice
   int together = 0;  // slices that run at the same time
+  int chunk = 0;     // of the operand's depth, staged at a time
   std::size_t shared_bytes = 0;
 };
 
@@ -28,7 +29,7 @@ PersistentPlan plan_persistent(int hidden, int gates, int depth, int batch, int 
   // Bytes of weights a multiprocessor reads from shared memory in the time in which all of them together
   // read one byte from the L2 cache.
   constexpr double kSharedPerL2 = 128.0 / 2500;
-  const DeviceLimits& limits = device_limits();
+  const DeviceLimits limits = device_limits();
   PersistentPlan best;
   double best_cost = 0;
   for (int units = gates == 1 ? 16 : 8; gates * units <= kProductWarps * kTileRows; units += 8) {
@@ -42,18 +43,23 @@ PersistentPlan plan_persistent(int hidden, int gates, int depth, int batch, int 
     rows = round_up((batch + slices - 1) / slices, 8);
     if (rows > kTileColumns) rows = kTileColumns;
     slices = (batch + rows - 1) / rows;
-    const SliceShape<S> shape{gates * units, depth, rows};
-    const std::size_t bytes = shape.weight_bytes() + 2 * shape.stage_bytes() +
-                              shape.partial_bytes() +
-                              sizeof(A) * static_cast<std::size_t>(states * units * rows);
-    if (bytes > limits.shared_bytes) continue;
+    SliceShape<S> shape{gates * units, depth, rows};
+    const std::size_t others = shape.weight_bytes() + shape.partial_bytes() +
+                               sizeof(A) * static_cast<std::size_t>(states * units * rows);
+    if (others >= limits.shared_bytes || !shape.fit_chunk(limits.shared_bytes - others)) continue;
     const int waves = (slices + most - 1) / most;
     const double cost = waves * (static_cast<double>(shape.weight_bytes()) +
                                  static_cast<double>(sizeof(S)) * depth * rows * group *
                                      (slices < most ? slices : most) * kSharedPerL2);
     if (best.units != 0 && cost >= best_cost) continue;
     best_cost = cost;
-    best = {units, group, slices, rows, slices < most ? slices : most, bytes};
+    best = {units,
+            group,
+            slices,
+            rows,
+            slices < most ? slices : most,
+            shape.chunk,
+            others + shape.staged_bytes()};
   }
   return best;
 }

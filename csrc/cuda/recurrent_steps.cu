@@ -80,7 +80,9 @@ step_units(StepForward<S> p) {
   for (int g = 0; g < Cell::kGates; ++g)
     product[g] = p.work.product[(static_cast<std::int64_t>(b) * Cell::kGates + g) * H + u];
   A h = p.work.h[at], c = p.work.c[at];
-  p.units.template step<Cell>(layer.time(p.s), b, u, product, h, c);
+  CellState<Cell, S> state{};
+  p.units.template begin<Cell>(layer.time(p.s), b, u, state);
+  p.units.template step<Cell>(state, u, product, h, c);
   p.work.h[at] = h;
   p.work.c[at] = c;
   p.work.operand[b * operand_stride<S>(H) + u] = layer.operand(p.s + 1, b, u, h);
@@ -123,11 +125,10 @@ step_row(StepForward<S> p) {
   if (norm)
     moments = NormMoments<A>::of_values(wide, layer.eps, scratch, [&](int i) { return raw[i]; });
 
-  const auto output = [&](int u, const CellState<Cell, A>& state, A c_read) {
-    CellState<Cell, A> mine = state;
+  const auto output = [&](int u, const A(&gates)[kGates], A c_read) {
     A& h = p.work.h[static_cast<std::int64_t>(b) * layer.width + u];
-    mine.h_prev = Cell::kReadsH && !layer.resets(row) ? h : A(0);
-    const A value = Cell::output(mine.gates, c_read, mine.h_prev);
+    const A h_prev = Cell::kReadsH && !layer.resets(row) ? h : A(0);
+    const A value = Cell::output(gates, c_read, h_prev);
     if (layer.w_hr == nullptr) {
       p.units.emit(row, u, value, h);
       p.work.operand[b * operand_stride<S>(layer.width) + u] = layer.operand(p.s + 1, b, u, h);
@@ -149,23 +150,25 @@ step_row(StepForward<S> p) {
       product[g] = moments.normalise(raw[i]) * to_accumulate(layer.norm_hh[i]) +
                    load_optional(layer.b_hh, i);
     }
-    CellState<Cell, A> state;
-    p.units.template update<Cell>(row, u, product, p.work.c[static_cast<std::int64_t>(b) * H + u],
+    CellState<Cell, S> state{};
+    state.row = row;
+    p.units.template read<Cell>(u, state);
+    p.units.template update<Cell>(u, product, p.work.c[static_cast<std::int64_t>(b) * H + u],
                                   state);
     if (normed_c) {
       last_gate[u] = state.gates[kGates - 1];
       c_now[u] = state.c_now;
     } else {
-      output(u, state, state.c_now);
+      output(u, state.gates, state.c_now);
     }
   }
   if (!normed_c) return;
   const auto of_c = NormMoments<A>::of_values(H, layer.eps, scratch + 3 * warp_count(),
                                               [&](int u) { return c_now[u]; });
   for (int u = thread_index(); u < H; u += kThreads) {
-    CellState<Cell, A> state;
-    state.gates[kGates - 1] = last_gate[u];
-    output(u, state,
+    A gates[kGates] = {};
+    gates[kGates - 1] = last_gate[u];  // the only one that an LSTM's output reads
+    output(u, gates,
            of_c.normalise(c_now[u]) * to_accumulate(layer.norm_c_weight[u]) +
                to_accumulate(layer.norm_c_bias[u]));
   }
@@ -206,14 +209,14 @@ void run_steps(StepForward<S> p) {
                  .shared_bytes = sizeof(A) * (static_cast<std::size_t>(2 * H) + 6 * kThreads / 32)};
   launch<begin_forward<S>>(both, current_stream(), p);
   for (p.s = 0; p.s < layer.steps; ++p.s) {
-    step_product(layer.w_hh, wide, P, false, p.work.operand, B, p.work.product);
+    step_product(layer.w_hh, wide, P, false, p.work.operand, B, p.work.product, layer.tf32);
     if (!rowwise) {
       launch<step_units<S, Cell>>(units, current_stream(), p);
       continue;
     }
     launch<step_row<S, Cell>>(row, current_stream(), p);
     if (!projects) continue;
-    step_product(layer.w_hr, P, H, false, p.work.projected, B, p.work.product);
+    step_product(layer.w_hr, P, H, false, p.work.projected, B, p.work.product, layer.tf32);
     launch<step_output<S>>(outputs, current_stream(), p);
   }
   launch<end_forward<S>>(both, current_stream(), p);
@@ -223,7 +226,7 @@ void run_steps(StepForward<S> p) {
 
 template <class S>
 void recurrent_forward_steps(const RecurrentForwardArgs& a) {
-  dispatch_cell(a.options.cell, [&](auto tag) {
+  dispatch_cell<S>(a.options.cell, [&](auto tag) {
     using Cell = typename decltype(tag)::type;
     const ForwardUnits<S> units(a, Cell::kGates);
     const StepWorkspace<S> work(a.workspace.data, units.layer.batch, units.layer.hidden,

@@ -99,7 +99,9 @@ step_units_backward(StepBackward<S> p) {
   if (p.s >= 0) {
     const int t = layer.time(p.s);
     A d_c = p.work.c[at], d_product[Cell::kGates];
-    p.units.template step<Cell>(t, b, u, d_h, d_c, d_product);
+    CellState<Cell, S> state{};
+    p.units.template begin<Cell>(t, b, u, state);
+    p.units.template step<Cell>(state, u, d_h, d_c, d_product);
     p.work.c[at] = d_c;
     LMKERN_UNROLL
     for (int g = 0; g < Cell::kGates; ++g)
@@ -125,7 +127,8 @@ step_hidden_backward(StepBackward<S> p) {
     const bool active = layer.takes_part(t, b), has_place = active || layer.has_padding();
     const std::int64_t row = has_place ? layer.row(t, b) : 0;
     if (active)
-      gradient = p.units.through_zoneout_h(row, u, gradient, bypass);
+      gradient = p.units.through_zoneout_h(
+          row, u, gradient + load_optional(p.units.d_y, row * P + u), bypass);
     else
       gradient = A(0);
     if (layer.w_hr != nullptr) {
@@ -172,7 +175,7 @@ step_row_backward(StepBackward<S> p) {
   if (norm)
     moments = NormMoments<A>::of_values(wide, layer.eps, scratch, [&](int i) { return raw[i]; });
   const auto normalised = [&](int i) { return moments.normalise(raw[i]); };
-  const auto load = [&](int u, CellState<Cell, A>& state) {
+  const auto load = [&](int u, CellState<Cell, S>& state) {
     A product[kGates];
     LMKERN_UNROLL
     for (int g = 0; g < kGates; ++g) {
@@ -182,14 +185,16 @@ step_row_backward(StepBackward<S> p) {
           : p.units.recompute ? raw[i]
                               : A(0);
     }
-    p.units.template load<Cell>(t, b, row, u, product, state);
+    state.row = row;
+    p.units.template read<Cell>(t, b, u, state);
+    p.units.template restore<Cell>(product, state);
   };
 
   NormMoments<A> of_c{};
   A mean_d = A(0), mean_dx = A(0);
   if (normed_c) {
     for (int u = thread_index(); u < H; u += kThreads) {
-      CellState<Cell, A> state;
+      CellState<Cell, S> state{};
       load(u, state);
       c_now[u] = state.c_now;
     }
@@ -197,7 +202,7 @@ step_row_backward(StepBackward<S> p) {
                                      [&](int u) { return c_now[u]; });
     A sum_d = A(0), sum_dx = A(0);
     for (int u = thread_index(); u < H; u += kThreads) {
-      CellState<Cell, A> state;
+      CellState<Cell, S> state{};
       load(u, state);
       const A x = of_c.normalise(state.c_now);
       const A weight = to_accumulate(layer.norm_c_weight[u]);
@@ -216,7 +221,7 @@ step_row_backward(StepBackward<S> p) {
 
   A sum_d = A(0), sum_dx = A(0);
   for (int u = thread_index(); u < H; u += kThreads) {
-    CellState<Cell, A> state;
+    CellState<Cell, S> state{};
     load(u, state);
     A d_act[kGates], d_product[kGates], d_c_read = A(0), d_h_prev = A(0), c_read = state.c_now,
                                         x = A(0);
@@ -226,7 +231,7 @@ step_row_backward(StepBackward<S> p) {
     }
     Cell::output_backward(state.gates, c_read, state.h_prev, through[u], d_act, d_c_read, d_h_prev);
     if (normed_c) d_c_read = of_c.rstd * (d_read[u] - mean_d - x * mean_dx);
-    p.units.template update<Cell>(row, u, state, d_act, d_c_read, d_product,
+    p.units.template update<Cell>(u, state, d_act, d_c_read, d_product,
                                   p.work.c[static_cast<std::int64_t>(b) * H + u]);
     if constexpr (Cell::kReadsH)
       if (!layer.resets(row)) p.work.h[static_cast<std::int64_t>(b) * layer.width + u] += d_h_prev;
@@ -279,14 +284,15 @@ void run_steps(StepBackward<S> p) {
   const int last = p.units.d_h0 != nullptr ? -1 : 0;
   for (p.s = layer.steps - 1; p.s >= last; --p.s) {
     if (p.s + 1 < layer.steps)
-      step_product(layer.w_hh, P, wide, true, p.work.operand, B, p.work.product);
+      step_product(layer.w_hh, P, wide, true, p.work.operand, B, p.work.product, layer.tf32);
     if (!rowwise) {
       launch<step_units_backward<S, Cell>>(outputs, current_stream(), p);
       continue;
     }
     launch<step_hidden_backward<S>>(outputs, current_stream(), p);
     if (p.s < 0) break;
-    if (projects) step_product(layer.w_hr, H, P, true, p.work.projected, B, p.work.product);
+    if (projects)
+      step_product(layer.w_hr, H, P, true, p.work.projected, B, p.work.product, layer.tf32);
     launch<step_row_backward<S, Cell>>(row, current_stream(), p);
   }
   launch<end_backward<S>>(both, current_stream(), p);
@@ -296,7 +302,7 @@ void run_steps(StepBackward<S> p) {
 
 template <class S>
 void recurrent_backward_steps(const RecurrentBackwardArgs& a) {
-  dispatch_cell(a.options.cell, [&](auto tag) {
+  dispatch_cell<S>(a.options.cell, [&](auto tag) {
     using Cell = typename decltype(tag)::type;
     const BackwardUnits<S> units(a, Cell::kGates);
     const StepWorkspace<S> work(a.workspace.data, units.layer.batch, units.layer.hidden,

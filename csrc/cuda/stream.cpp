@@ -45,10 +45,9 @@ void note_argument(const TensorView& view, void*) {
 CallScope::CallScope() : device_before_(-1) {}
 CallScope::~CallScope() { noted.known.clear(); }
 
-const DeviceLimits& device_limits() {
-  // Few multiprocessors, so that tests reach the paths that large grids take.
-  static const DeviceLimits limits{8, 16, 227 * 1024};
-  return limits;
+DeviceLimits device_limits() {
+  const simt::Device& device = simt::device();
+  return {device.multiprocessors, device.max_cluster, device.max_shared_bytes};
 }
 
 #else
@@ -72,7 +71,7 @@ CallScope::~CallScope() {
   if (device_before_ >= 0) cudaSetDevice(device_before_);
 }
 
-const DeviceLimits& device_limits() {
+DeviceLimits device_limits() {
   struct Known {
     int device;
     DeviceLimits limits;

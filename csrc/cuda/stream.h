@@ -28,6 +28,6 @@ struct DeviceLimits {
   int multiprocessors, max_cluster;
   std::size_t shared_bytes;
 };
-const DeviceLimits& device_limits();
+DeviceLimits device_limits();
 
 }  // namespace lmkern::cuda

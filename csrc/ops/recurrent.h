@@ -63,6 +63,7 @@ struct RecurrentOptions {
   // is carried on.
   TensorView lengths;  // int64 [B]; absent: all T
   TensorView offsets;  // int64 [T]; absent: a rectangle
+  bool tf32;  // on a GPU: products of float32 with w_hh and w_hr round their operands to tf32
 };
 
 struct RecurrentForwardArgs {

@@ -15,8 +15,8 @@ Schedule schedule = Schedule::kFifo;
 std::uint64_t seed = 0;
 
 // The hardware's limits, of compute capability 8.0 and up.
-constexpr int kMaxThreads = 1024, kMaxCluster = 16;
-constexpr std::size_t kMaxShared = 227 * 1024;
+constexpr int kMaxThreads = 1024;
+Device emulated;
 // Blocks that run at the same time when nothing asks for all of them.
 constexpr int kMaxResidentThreads = 16384;
 
@@ -223,21 +223,25 @@ void spin(Site site) {
   wait("a value in memory", site);
 }
 
+const Device& device() { return emulated; }
+void set_device(const Device& device) { emulated = device; }
+
 void launch(const Launch& launch, void (*body)(void*), void* context) {
   const auto check = [&](bool good, const std::string& message) {
     if (!good) throw Error(std::string(launch.kernel) + ": " + message);
   };
   check(launch.threads >= 1 && launch.threads <= kMaxThreads,
         "a block has 1 to 1024 threads, got " + std::to_string(launch.threads));
-  check(launch.shared_bytes <= kMaxShared, "a block has at most " + std::to_string(kMaxShared) +
-                                               " bytes of shared memory, got " +
-                                               std::to_string(launch.shared_bytes));
+  check(launch.shared_bytes <= emulated.max_shared_bytes,
+        "a block has at most " + std::to_string(emulated.max_shared_bytes) +
+            " bytes of shared memory, got " + std::to_string(launch.shared_bytes));
   check(launch.grid.x >= 1 && launch.grid.y >= 1 && launch.grid.z >= 1 &&
             launch.grid.x <= 0x7fffffff && launch.grid.y <= 65535 && launch.grid.z <= 65535,
         "a grid has at least one block and at most 65535 along y and z");
-  check(launch.cluster >= 1 && launch.cluster <= kMaxCluster &&
+  check(launch.cluster >= 1 && launch.cluster <= emulated.max_cluster &&
             launch.grid.x % static_cast<unsigned>(launch.cluster) == 0,
-        "a cluster has 1 to 16 blocks and divides the grid");
+        "a cluster has 1 to " + std::to_string(emulated.max_cluster) +
+            " blocks and divides the grid");
   const std::lock_guard lock(one_launch);
   std::mt19937_64 random(seed);
   Machine m;

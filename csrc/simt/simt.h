@@ -53,6 +53,15 @@ struct Launch {
   const char* kernel = "";   // its name, for reports
 };
 
+// What the emulated device can do. Few multiprocessors, so that tests reach the paths that large grids take.
+struct Device {
+  int multiprocessors = 8;
+  int max_cluster = 16;                       // blocks; 1: no clusters
+  std::size_t max_shared_bytes = 227 * 1024;  // of a block
+};
+const Device& device();
+void set_device(const Device& device);
+
 enum class Schedule { kFifo, kLifo, kRandom };
 void set_schedule(Schedule schedule, std::uint64_t seed);
 

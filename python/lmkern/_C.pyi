@@ -27,6 +27,7 @@ _RecurrentOptions = tuple[
     Tensor | None,
     Tensor | None,
     Tensor | None,
+    bool,
 ]
 
 def recurrent_forward(

@@ -1,5 +1,7 @@
 // How a kernel is started: on a stream of a GPU, or in the emulator. The only place that does.
 #pragma once
+#include <atomic>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -46,10 +48,11 @@ void launch(const Grid& grid, Stream, const Args&... args) {
       &arguments);
 }
 
-// Whether a grid of such clusters can run on this device at all.
+// How many clusters of such a grid the device runs at a time; 0: they are too large for it.
 template <auto kKernel>
-bool fits(const Grid&) {
-  return true;
+int active_clusters(const Grid& grid) {
+  const int clusters = simt::device().multiprocessors / grid.cluster;
+  return clusters > 1 ? clusters : 1;
 }
 
 #else
@@ -65,16 +68,7 @@ inline void check(cudaError_t error, const char* what) {
 // A launch of CUDA's; its attributes live as long as this object.
 class LaunchConfig {
  public:
-  template <class Kernel>
-  LaunchConfig(Kernel kernel, const Grid& grid, Stream stream) {
-    const auto address = reinterpret_cast<const void*>(kernel);
-    if (grid.shared_bytes > 48 * 1024)
-      check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.shared_bytes)),
-            "shared memory");
-    if (grid.cluster > 8)
-      check(cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-            "cluster size");
+  LaunchConfig(const Grid& grid, Stream stream) {
     if (grid.cluster > 1) {
       attributes_[config_.numAttrs].id = cudaLaunchAttributeClusterDimension;
       attributes_[config_.numAttrs++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
@@ -99,34 +93,55 @@ class LaunchConfig {
   cudaLaunchConfig_t config_{};
 };
 
+// Allows a kernel more shared memory than all devices have, and clusters of more than 8 blocks: as much as
+// this device has, once for each kernel and device, so that no thread takes back what another needs.
 template <auto kKernel>
-bool fits(const Grid& grid) {
-  // Asking costs more than a launch, and the next call asks the same.
-  struct Answer {
-    int device, cluster;
-    std::size_t shared_bytes;
-    bool fits;
-  };
-  thread_local Answer last{-1, 0, 0, false};
+void allow(const Grid& grid) {
+  const bool shared = grid.shared_bytes > 48 * 1024, cluster = grid.cluster > 8;
+  if (!shared && !cluster) return;
+  static std::atomic<std::uint64_t> allowed_shared{0}, allowed_cluster{0};  // a bit for a device
   int device = 0;
   check(cudaGetDevice(&device), "current device");
-  if (last.device != device || last.cluster != grid.cluster ||
-      last.shared_bytes != grid.shared_bytes) {
-    int clusters = 0;
-    try {
-      const LaunchConfig config(kKernel, grid, nullptr);
-      check(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config.get()), "occupancy");
-    } catch (const std::runtime_error&) {  // such clusters are too large for this device
-      clusters = 0;
-    }
-    last = {device, grid.cluster, grid.shared_bytes, clusters > 0};
+  const std::uint64_t bit = std::uint64_t{1} << device % 64;
+  const auto address = reinterpret_cast<const void*>(kKernel);
+  if (shared && (device >= 64 || (allowed_shared & bit) == 0)) {
+    int most = 0;
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "device attribute");
+    check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+          "shared memory");
+    allowed_shared |= bit;
   }
-  return last.fits;
+  if (cluster && (device >= 64 || (allowed_cluster & bit) == 0)) {
+    check(cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "cluster size");
+    allowed_cluster |= bit;
+  }
+}
+
+template <auto kKernel>
+int active_clusters(const Grid& grid) {
+  // Asking costs more than a launch, and calls ask the same again and again.
+  thread_local std::map<std::tuple<int, int, std::size_t>, int> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  const auto [entry, is_new] = known.try_emplace({device, grid.cluster, grid.shared_bytes}, 0);
+  if (is_new) {
+    try {
+      allow<kKernel>(grid);
+      const LaunchConfig config(grid, nullptr);
+      check(cudaOccupancyMaxActiveClusters(&entry->second, kKernel, &config.get()), "occupancy");
+    } catch (const std::runtime_error&) {  // such clusters are too large for this device
+      entry->second = 0;
+    }
+  }
+  return entry->second;
 }
 
 template <auto kKernel, class... Args>
 void launch(const Grid& grid, Stream stream, const Args&... args) {
-  const LaunchConfig config(kKernel, grid, stream);
+  allow<kKernel>(grid);
+  const LaunchConfig config(grid, stream);
   check(cudaLaunchKernelEx(&config.get(), kKernel, args...), "launch");
 }
 

@@ -279,6 +279,7 @@ def dropout_keep(seed: Tensor, x: Tensor, dropout_p: float) -> Tensor:
     ones = x.new_ones(1, width, dtype=accumulate_dtype(x.dtype))
     rows = x.new_zeros(x.numel() // max(width, 1), dtype=torch.int32)
     keep, _ = torch.ops.lmkern.token_position_forward(
-        rows, ones, None, None, 0, rows.numel(), None, None, 1.0, None, None, seed, 0, 0.0, dropout_p
-    )
+        rows, ones, None, None, 0, rows.numel(), None, None, 1.0, None, None, seed, 0, 0.0,
+        dropout_p,
+    )  # fmt: skip
     return keep.view(x.shape)

@@ -71,6 +71,13 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def _allows_tf32(x: Tensor) -> bool:
+    """Whether torch lets cuDNN's recurrent layers round the operands of float32 products to tf32."""
+    if x.dtype != torch.float32 or not takes_cuda(x):
+        return False
+    return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")
+
+
 def _kernel_options(i: Inputs, o: Options, rows: Rows) -> tuple[Any, ...]:
     """csrc's RecurrentOptions."""
     return (
@@ -78,7 +85,7 @@ def _kernel_options(i: Inputs, o: Options, rows: Rows) -> tuple[Any, ...]:
         _dense(i.peephole), _dense(i.norm_hh), _dense(i.norm_cell_weight), _dense(i.norm_cell_bias),
         o.eps, rows.sort(i.h_mask), rows.pack(i.zoneout_h), rows.pack(i.zoneout_c), o.zoneout_h_rate,
         o.zoneout_c_rate, rows.pack(i.reset_mask), rows.batch_sizes,
-        rows.lengths, rows.offsets,
+        rows.lengths, rows.offsets, _allows_tf32(i.x),
     )  # fmt: skip
 
 
