@@ -28,7 +28,7 @@ MAX_BYTES = 40_000_000
 
 
 class Use(NamedTuple):
-    """What a kernel takes, or may take, a thread; spills in bytes."""
+    """What a kernel takes, or may take, a thread; spills and other local memory in bytes."""
 
     registers: int
     spills: int
@@ -47,7 +47,8 @@ def uses_in(log: str) -> dict[tuple[str, str], Use]:
     patterns = "|".join(
         (
             r"Compiling entry function '(?P<kernel>[^']+)' for '(?P<architecture>[^']+)'",
-            r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads",
+            r"(?P<frame>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+            r"(?P<loads>\d+) bytes spill loads",
             r"Used (?P<registers>\d+) registers",
         )
     )
@@ -60,7 +61,7 @@ def uses_in(log: str) -> dict[tuple[str, str], Use]:
             before = uses[now]
             uses[now] = Use(
                 max(before.registers, int(found["registers"] or 0)),
-                max(before.spills, int(found["stores"] or 0), int(found["loads"] or 0)),
+                max(before.spills, *(int(found[n] or 0) for n in ("frame", "stores", "loads"))),
             )
     return uses
 

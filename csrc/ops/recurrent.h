@@ -27,7 +27,9 @@
 //               what is marked A (accumulate) is float64 for float64 and float32 otherwise.
 // Aliasing      gates is updated in place: x' in, activations out. Outputs alias nothing.
 // Numerics      accumulation in A, one chain over k; the recurrence itself is never rounded to S,
-//               only what is written out. Same bits for any number of threads.
+//               only what is written out. Same bits for any number of threads. On a GPU: two chains, and
+//               h enters its product as S, or as tf32 (`tf32`); sigmoid and tanh of 16-bit types are within
+//               2^-16 of their value.
 // Source        Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; peepholes:
 //               Gers & Schmidhuber 2000; Cho et al. 2014, in cuDNN's variant with b_hn inside
 //               r * (.); Elman 1990; layer norm: Ba et al. 2016; zoneout: Krueger et al. 2017;

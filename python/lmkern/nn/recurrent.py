@@ -62,6 +62,10 @@ class LSTM(RNNBase):
           shaped as hx; with ``return_cell_states`` also all c_t of the last layer, laid out like the
           output: [T, B, directions * H].
 
+    Note:
+        On a GPU the float32 products with W_hh follow ``torch.backends.cudnn.rnn.fp32_precision``, as
+        torch's layers do there: ``"tf32"``, the default, rounds their operands to 10 bits of mantissa.
+
     Raises:
         ValueError, TypeError: an input or state that does not fit, naming expected and actual.
 
