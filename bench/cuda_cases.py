@@ -1,5 +1,5 @@
-"""The cases of `make bench-cuda`: recurrent layers against cuDNN and FlashRNN, embeddings, with position,
-norm and dropout too, and their optimizers against torch and Liger-Kernel.
+"""The cases of `make bench-cuda`: recurrent layers against cuDNN and FlashRNN; embeddings, also with
+position, norm and dropout, and their optimizers, against torch and Liger-Kernel.
 
 Predicted from FLOPs and bytes: a recurrent layer of T steps is bound by the latency of a step, not by
 either rate, except at H = 1024 and B = 64; embeddings go at copy bandwidth.
@@ -21,6 +21,10 @@ from bench_recurrent import layer_flops
 from harness import Case, Run, assert_close, infer, train
 from lmkern.functional import embedding, embedding_bag, token_position_embedding
 
+# Of recurrent layers; tf32: float32 whose products torch lets cuDNN, and us, round.
+PRECISIONS = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32,
+}  # fmt: skip
 # Of the largest element of each result, against torch in the same dtype.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -54,16 +58,16 @@ def _recurrent_cases(setting: Setting) -> Iterator[tuple[str, Callable[[], Case]
     # A third of the sizes of everything before the second third: a stopped run has seen all kinds.
     sizes = [(H, B) for H in hidden for B in batches]
     for part in range(3):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for precision in PRECISIONS:
             for training in (True, False):
                 for kind in ("LSTM", "GRU"):
                     for H, B in sizes[part::3]:
                         mode = "training" if training else "inference"
-                        topic = f"{kind.lower()} {mode} {short(dtype)}"
+                        topic = f"{kind.lower()} {mode} {precision}"
                         yield (
                             f"{topic} T,B,H={(T, B, H)}",
-                            lambda a=(setting, kind, training, dtype, T, B, H, topic): _recurrent(
-                                *a
+                            lambda a=(setting, kind, training, precision, T, B, H, topic): (
+                                _recurrent(*a)
                             ),
                         )
 
@@ -72,33 +76,42 @@ def _recurrent(
     setting: Setting,
     kind: str,
     training: bool,
-    dtype: torch.dtype,
+    precision: str,
     T: int,
     B: int,
     H: int,
     topic: str,
 ) -> Case:
     torch.manual_seed(0)
+    dtype = PRECISIONS[precision]
     made = {"device": setting.device, "dtype": dtype}
     theirs = getattr(torch.nn, kind)(H, H, **made)
     ours = getattr(lmkern.nn, kind)(H, H, **made)
+    exact = getattr(torch.nn, kind)(H, H, device=setting.device)
     ours.load_state_dict(theirs.state_dict())
+    exact.load_state_dict(theirs.state_dict())
+    if not training:  # cuDNN then keeps nothing for a backward
+        for module in (ours, theirs, exact):
+            module.eval()
     x = torch.randn(T, B, H, **made)
     d_y = torch.randn(T, B, H, **made)
 
-    def stepper(call: Callable[..., Any], parameters: list[torch.Tensor]) -> Run:
+    def stepper(
+        call: Callable[..., Any], parameters: list[torch.Tensor], wide: bool = False
+    ) -> Run:
+        given, d_given = (x.float(), d_y.float()) if wide else (x, d_y)
         if training:
-            return lambda: train(lambda x: [call(x)], [x], [d_y], parameters)
-        return lambda: infer(lambda x: [call(x)], [x])
+            run: Run = lambda: train(lambda x: [call(x)], [given], [d_given], parameters)  # noqa: E731
+        else:
+            run = lambda: infer(lambda x: [call(x)], [given])  # noqa: E731
+        return with_tf32(precision == "tf32", run)
 
     def layer(module: torch.nn.Module) -> Run:
         return stepper(lambda x: module(x)[0], list(module.parameters()))
 
     run = layer(ours)
-    exact = with_tf32(False, layer(theirs))
-    peers = {"torch": exact}
-    if dtype == torch.float32 and setting.device == "cuda":
-        peers["torch tf32"] = with_tf32(True, layer(theirs))
+    peers = {"torch": layer(theirs)}
+    truth = stepper(lambda x: exact(x)[0], list(exact.parameters()), wide=True)
     extra: dict[str, Any] = {}
     try:
         if flash := _flashrnn(kind, theirs, dtype):
@@ -107,28 +120,48 @@ def _recurrent(
     except Exception as error:
         peers.pop("flashrnn", None)
         extra["no_flashrnn"] = f"{type(error).__name__}: {error}"[:200]
+
+    def check() -> None:
+        results = run(), layer(theirs)(), with_tf32(False, truth)()
+        for i, (a, b, right) in enumerate(zip(*results, strict=True)):
+            error, peers_error = (relative_error(t, right) for t in (a, b))
+            assert error <= 2 * peers_error + 1e-4, (
+                f"wrong result: tensor {i}: error {error:.1e}, torch's {peers_error:.1e}"
+            )
+
     return Case(
         f"{topic} T,B,H={(T, B, H)}",
         ours=run,
         peers=peers,
-        check=lambda: assert_close(run(), exact(), TOLERANCE[dtype], "torch"),
+        check=check,
         flops=layer_flops(kind, T * B, H, H, training),
-        ceiling=setting.ceilings[str(dtype).removeprefix("torch.")],
+        ceiling=setting.ceilings[
+            "tf32" if precision == "tf32" else str(dtype).removeprefix("torch.")
+        ],
         topic=topic,
         extra=extra,
     )
 
 
+def relative_error(a: torch.Tensor, exact: torch.Tensor) -> float:
+    """Of the largest element."""
+    largest = exact.double().abs().max().clamp(min=1e-30)
+    return float((a.double() - exact.double()).abs().max() / largest)
+
+
 def with_tf32(allowed: bool, run: Run) -> Run:
-    """``run`` with cuDNN's float32 products in tf32, as torch has them by default, or not."""
+    """``run`` with float32 products in tf32, as cuDNN has them by default, or not; all of a layer's."""
 
     def chosen() -> Any:
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = allowed
+        both = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = [b.allow_tf32 for b in both]
+        for b in both:
+            b.allow_tf32 = allowed
         try:
             return run()
         finally:
-            torch.backends.cudnn.allow_tf32 = before
+            for b, value in zip(both, before, strict=True):
+                b.allow_tf32 = value
 
     return chosen
 

@@ -36,10 +36,12 @@ class CudaTimer:
         """The contenders as CUDA graphs, so that the CPU's part in a launch is out of the comparison;
         as they are, if one of them can't be captured."""
         graphs: dict[str, Run] = {}
+        stream = torch.cuda.current_stream()
         for name, run in contenders.items():
             try:
                 graphs[name] = _captured(run)
             except Exception as error:
+                torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
                 torch.cuda.synchronize()
                 why = " ".join(f"{name}: {type(error).__name__}: {error}".split())
                 return contenders, {"timing": "events", "not_captured": why[:200]}

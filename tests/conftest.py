@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -18,6 +19,23 @@ settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 _EMULATOR = {"simt": "1", "simt-race": "race"}
+
+# What the tests of ops without CUDA kernels begin with, and the kernel; nothing of ours runs there on a GPU.
+_NEED_KERNEL = {
+    "test_activation": "activation_forward",
+    "test_attention": "attention_forward",
+    "test_cross_entropy": "cross_entropy_forward",
+    "test_dropout": "dropout",
+    "test_linear": "linear_forward",
+    "test_multihead_attention": "attention_forward",
+    "test_norm": "norm_forward",
+    "test_quantized_embedding": "quantized_embedding",
+    "test_rotary": "rotary_embedding",
+}
+# After this nothing works any more on the GPU in this process.
+_LOST_CONTEXT = re.compile(
+    "CUDA error|unspecified launch failure|illegal memory access|misaligned address|illegal instruction"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,11 +59,17 @@ def pytest_configure(config: pytest.Config) -> None:
     # Not in pyproject.toml: pytest would import lmkern to find the category.
     config.addinivalue_line("filterwarnings", "error::lmkern.LmkernWarning")
     if device == "cuda":
-        if not torch.cuda.is_available() or cuda_problem(0):
-            raise pytest.UsageError(f"--device cuda: {cuda_problem(0) or 'torch sees no GPU'}")
+        problem = cuda_problem(0) if torch.cuda.is_available() else "torch sees no GPU"
+        if problem:
+            raise pytest.UsageError(f"--device cuda: {problem}")
         config.addinivalue_line(
             "filterwarnings", "ignore:.*no kernel for device 'cuda' yet:lmkern.LmkernWarning"
         )
+        # The peer is torch's own code: cuDNN rounds to tf32, has other dropout masks, and no second derivatives.
+        torch.backends.cudnn.enabled = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    if device != "cpu":
+        torch.backends.cudnn.allow_tf32 = False  # which our recurrent products obey
     if device in ("cuda", "meta"):
         from on_device import install
 
@@ -57,6 +81,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     mark = item.get_closest_marker("cpu_only")
     if mark is not None and item.config.getoption("--device") != "cpu":
         pytest.skip(mark.args[0] if mark.args else "only for the CPU")
+    if item.config.getoption("--device") == "cuda":
+        from lmkern.ops.library import has_cuda
+
+        for name, kernel in _NEED_KERNEL.items():
+            if item.path.stem.startswith(name) and not has_cuda(kernel):
+                pytest.skip(f"CUDA has no {kernel} yet")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and _LOST_CONTEXT.search(str(report.longrepr)):
+        pytest.exit(f"the GPU's context is lost since {report.nodeid}", 3)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,8 +1,8 @@
 """`make test-cuda`: everything that can only be tested on a GPU, in one command and less than ten minutes.
 
-First the golden tests of the kernels' building blocks; then the test suite with `--device cuda`, its
-files in several processes beside each other; then, where it exists, compute-sanitizer's memcheck,
-racecheck and synccheck on a little of every kernel. Files of tests whose packages are not installed are
+First the golden tests of the kernels' building blocks; then, beside each other, the test suite with
+`--device cuda` in several processes and, where it exists, compute-sanitizer's memcheck, racecheck and
+synccheck on a little of every kernel. Files of tests whose packages are not installed are
 left out and named. What each step printed is in out/test-cuda/.
 
     make test-cuda ARGS='-k recurrent'
@@ -17,18 +17,19 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 LOGS = ROOT / "out" / "test-cuda"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
-RESERVED = 120.0  # seconds that the test suite leaves to compute-sanitizer
+LOST_CONTEXT = 3  # conftest.py's exit code when nothing works any more on the GPU
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Job:
     seconds: float = 0.0
     state: str = "not run"
     environment: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)  # of tests, after the command
 
     @property
     def log(self) -> Path:
@@ -49,16 +51,29 @@ class Job:
     def start(self) -> None:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                self.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                env=os.environ | self.environment,
+                [*self.command, *self.files], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                env=os.environ | self.environment, start_new_session=True,
             )  # fmt: skip
+
+    def kill(self) -> None:
+        """With what it has started."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def following(self) -> Job | None:
+        """The files after the one in which the GPU's context was lost."""
+        found = re.search(r"context is lost since ([^:\s]+)::", self.text())
+        rest = self.files[self.files.index(found[1]) + 1 :] if found else []
+        return replace(self, name=f"{self.name}-", process=None, files=rest) if rest else None
 
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
 def run(jobs: list[Job], until: float) -> None:
-    """Run them beside each other until all are done, or until that time (time.monotonic)."""
+    """Run them beside each other until all are done, or until that time (time.monotonic). Where one lost the
+    GPU's context, another goes on, and joins them."""
     begin = time.monotonic()
     for job in jobs:
         job.start()
@@ -68,8 +83,7 @@ def run(jobs: list[Job], until: float) -> None:
             assert job.process is not None
             code = job.process.poll()
             if code is None and time.monotonic() > until:
-                job.process.kill()
-                job.process.wait()
+                job.kill()
                 job.state = "out of time"
             elif code is not None:
                 job.state = {0: "ok", 5: "no tests"}.get(
@@ -79,6 +93,10 @@ def run(jobs: list[Job], until: float) -> None:
                 continue
             job.seconds = time.monotonic() - begin
             waiting.remove(job)
+            if code == LOST_CONTEXT and (following := job.following()):
+                jobs.append(following)
+                waiting.append(following)
+                following.start()
         time.sleep(0.1)
 
 
@@ -132,8 +150,9 @@ def suite(device: str, words: str, processes: int) -> list[Job]:
     return [
         Job(
             f"suite-{n}",
-            [sys.executable, "-m", "pytest", *options, *(str(p.relative_to(ROOT)) for p in hand)],
+            [sys.executable, "-m", "pytest", *options],
             environment={"OMP_NUM_THREADS": threads},
+            files=[str(p.relative_to(ROOT)) for p in hand],
         )
         for n, hand in enumerate(hands)
     ]
@@ -188,14 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         goldens = []
     run(goldens, until)
     right = conclude(goldens)
-    checks = sanitizers(options.device)
-    tests = suite(
+    jobs = sanitizers(options.device)
+    jobs += suite(
         options.device, options.k, options.processes or max(1, min(6, (os.cpu_count() or 1) // 2))
     )
-    run(tests, until - (RESERVED if checks else 0.0))
-    right = conclude(tests) and right
-    run(checks, until)
-    right = conclude(checks) and right
+    run(jobs, until)
+    right = conclude(jobs) and right
     print("test-cuda: ok" if right else f"test-cuda: failed, see {LOGS.relative_to(ROOT)}/")
     return 0 if right else 1
 

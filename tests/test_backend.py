@@ -294,6 +294,7 @@ def test_the_emulator_runs_what_cuda_has_and_only_that(mode, module):
     result = run(
         f"""
         import torch, lmkern
+        torch.backends.cudnn.allow_tf32 = False
         from lmkern import _C, {module}
         from lmkern.ops.backend import kernels_of, takes_cuda
         x = torch.randn(5, 2, 3)

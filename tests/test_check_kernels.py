@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu_only("of the build")
+
 CMAKE = Path(__file__).parent.parent / "cmake"
 sys.path.insert(0, str(CMAKE))
 import check_kernels  # noqa: E402

@@ -17,6 +17,8 @@ from lmkern import reference
 from lmkern.ops import embedding as ops
 from lmkern.ops import embedding_bag as bag_ops
 
+pytestmark = pytest.mark.cpu_only("the emulator has its own modules")
+
 SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2), ("random", 3)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WIDTHS = [1, 7, 59, 111, 128]

@@ -11,6 +11,8 @@ import torch
 
 from lmkern import reference
 
+pytestmark = pytest.mark.cpu_only("the emulator has its own modules")
+
 SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 RULES = ["sgd", "adagrad", "rowwise_adagrad", "adam"]

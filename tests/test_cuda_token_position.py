@@ -17,6 +17,8 @@ from lmkern import _C
 from lmkern.ops import token_position as ops
 from oracle import relative_error
 
+pytestmark = pytest.mark.cpu_only("the emulator has its own modules")
+
 SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2), ("random", 3)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {

@@ -13,6 +13,8 @@ import pytest
 
 import run_cuda
 
+pytestmark = pytest.mark.cpu_only("runs on the CPU")
+
 ROOT = Path(__file__).parents[1]
 NO_SOURCES = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="no bench/ here")
 
@@ -109,3 +111,21 @@ def test_a_job_ends_in_time_and_says_how(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "3 passed" in out and "FAILED tests/a.py" in out
     assert run_cuda.conclude([jobs[0], jobs[2]])
+
+
+def test_after_a_lost_context_the_other_files_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_cuda, "LOGS", tmp_path)
+    monkeypatch.setattr(run_cuda, "ROOT", tmp_path)
+    code = (
+        "import sys\n"
+        "if sys.argv[1] == 'tests/a.py':\n"
+        "    print('Exit: the GPU\\'s context is lost since tests/b.py::test_x[1]')\n"
+        "    sys.exit(3)\n"
+        "print(len(sys.argv) - 1, 'passed')"
+    )
+    files = [f"tests/{n}.py" for n in "abcd"]
+    jobs = [run_cuda.Job("suite", [sys.executable, "-c", code], files=files)]
+    run_cuda.run(jobs, time.monotonic() + 60)
+    assert [job.files for job in jobs] == [files, ["tests/c.py", "tests/d.py"]]
+    assert [run_cuda.summary(job) for job in jobs][1] == "2 passed" and jobs[1].state == "ok"
+    assert not run_cuda.conclude(jobs)

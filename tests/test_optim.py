@@ -265,6 +265,7 @@ def test_strided_parameters(kind, optimizer, options):
     assert torch.equal(parameter.detach(), expected)
 
 
+@pytest.mark.cpu_only("a GPU has no memory that nothing touches")
 def test_offsets_beyond_32_bits():
     """Rows at the end of 4 GiB that are never touched, and so never become memory."""
     weight = torch.empty((1 << 20) + 1, 2048, dtype=torch.bfloat16)

@@ -204,6 +204,7 @@ W, ROWS, G = torch.ones(4, 3), torch.tensor([1, 3]), torch.ones(2, 3)
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
+@pytest.mark.cpu_only("on the CPU's module; both share the checks")
 @pytest.mark.parametrize("rule", ["embedding_sgd", "embedding_adagrad", "embedding_adam"])
 def test_kernels_check_before_they_write(rule, change, error, match):
     rest = {

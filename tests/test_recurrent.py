@@ -116,24 +116,11 @@ def kernel_options(cell: int, batch: int, w_hh: torch.Tensor, **views: torch.Ten
     names = ("b_hh", "w_hr", "peephole", "norm_hh", "norm_c_weight", "norm_c_bias")
     some = [views.get(name) for name in names]
     return (
-        cell,
-        False,
-        batch,
-        w_hh,
-        *some,
-        1e-5,
-        None,
-        None,
-        None,
-        0.0,
-        0.0,
-        None,
-        None,
-        None,
-        None,
-    )
+        cell, False, batch, w_hh, *some, 1e-5, None, None, None, 0.0, 0.0, None, None, None, None, False,
+    )  # fmt: skip
 
 
+@pytest.mark.cpu_only("threads of the CPU")
 @pytest.mark.parametrize("size", [(20, 2, 16, 320), (20, 48, 16, 96)], ids=str)
 def test_same_bits_for_any_thread_count(isa, size):
     T, B, _, H = size
@@ -338,6 +325,7 @@ def test_bad_arguments(change, error, match):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.cpu_only("on the CPU's module; both share the checks")
 def test_kernel_checks_before_it_writes():
     """The raw binding: shapes are checked in C++, and nothing has been written when they are wrong."""
     gates, y, h = torch.full((6, 8), 5.0), torch.full((6, 2), 5.0), torch.full((3, 2), 5.0)

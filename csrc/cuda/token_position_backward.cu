@@ -111,7 +111,7 @@ template <class T, bool kOne>  // two, where registers suffice
 inline constexpr int kRowsTogether = kOne && sizeof(T) == 4 ? 2 : 1;
 
 // kOne: a thread has at most one piece of a row's columns.
-// registers: 128, spills: 0
+// registers: 128, spills: 16
 template <class S, int kVec, bool kOne>
 LMKERN_KERNEL(kMostThreads, 1)
 row_gradients(BackwardRows<S> r) {

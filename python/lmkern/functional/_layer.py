@@ -143,7 +143,7 @@ def run_layer(
         check_tensor(op, "reset_mask", reset_mask, rows, f"[{s_rows}]", torch.bool, device)
     if lengths is not None:
         check_tensor(op, "lengths", lengths, (batch,), "[B]", torch.int64, device)
-        _check_lengths(op, lengths, rows[0])
+        check_lengths(op, lengths, rows[0])
     mask_h, rate_h = _zoneout(op, "zoneout_h", zoneout_h, (*rows, features), s_rows + ", P", device)
     mask_c, rate_c = _zoneout(op, "zoneout_c", zoneout_c, (*rows, hidden), s_rows + ", H", device)
     weight: Tensor | None = w_ih
@@ -180,7 +180,8 @@ def _zoneout(
     return None, float(value)
 
 
-def _check_lengths(op: str, lengths: Tensor, steps: int) -> None:
+def check_lengths(op: str, lengths: Tensor, steps: int) -> None:
+    """Raise if lengths that lie on the CPU are beyond 0 to ``steps``."""
     # Only a plain tensor has values to look at: not a fake one, nor one inside a functorch transform.
     if (
         not torch.compiler.is_compiling()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter, init
 from torch.nn.utils.rnn import PackedSequence
 
+from lmkern.functional._layer import check_lengths
 from lmkern.nn.stream import Streaming
 from lmkern.ops.library import is_autocast_on
 
@@ -259,7 +260,10 @@ class RNNBase(Streaming, Module):
                 f"{name}: input must have {self.input_size} features (input_size), got {list(x.shape)}"
             )
         if lengths is not None:
-            lengths = torch.as_tensor(lengths, device=x.device)
+            lengths = torch.as_tensor(lengths)
+            if lengths.device != x.device:  # there, their values are not looked at
+                check_lengths(name, lengths, x.shape[0])
+            lengths = lengths.to(x.device)
             lengths = lengths if batched else lengths.reshape(-1)
         if isinstance(reset_mask, PackedSequence):
             reset_mask = reset_mask.data

@@ -169,7 +169,7 @@ class StreamState:
         hx: Any = list(self.h) if module.hidden_sizes is not None else torch.stack(self.h)
         if self.c:
             hx = (hx, list(self.c) if module.hidden_sizes is not None else torch.stack(self.c))
-        y, state = module(x.unsqueeze(1 if module.batch_first else 0), hx)
+        _, state = module(x.unsqueeze(1 if module.batch_first else 0), hx)
         self._parity = 1 - self._parity
         self.set(state)
-        return y.squeeze(1 if module.batch_first else 0)
+        return self.h[-1]

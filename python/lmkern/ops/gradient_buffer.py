@@ -104,10 +104,10 @@ _buffers_lock = threading.Lock()
 
 def buffer_of(weight: Tensor, reuse: bool) -> GradientBuffer | None:
     """The buffer of a large leaf on the CPU; without ``reuse``, none, and it is given back."""
-    if weight.nbytes < _LEAST_BYTES or not weight.is_leaf or takes_cuda(weight):
+    if weight.nbytes < _LEAST_BYTES or not weight.is_leaf:
         return None
     with _buffers_lock:
-        if not reuse:
+        if not reuse or takes_cuda(weight):
             _buffers.pop(weight, None)
             return None
         buffer = _buffers.get(weight)

@@ -60,6 +60,11 @@ def declare_cuda(*names: str) -> None:
     _ON_CUDA.update(names)
 
 
+def has_cuda(kernel: str) -> bool:
+    """Whether CUDA has ``kernel``, the name of an op."""
+    return kernel in _ON_CUDA
+
+
 def _raising(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Raises a bad index in the call itself, where that has run to its end."""
 
@@ -97,7 +102,7 @@ def missing_kernel(kernel: str, device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     problem = cuda_problem(device.index)
-    if not problem and kernel not in _ON_CUDA:
+    if not problem and not has_cuda(kernel):
         problem = "no kernel for device 'cuda' yet"
     return problem
 

@@ -75,7 +75,8 @@ def _allows_tf32(x: Tensor) -> bool:
     """Whether torch lets cuDNN's recurrent layers round the operands of float32 products to tf32."""
     if x.dtype != torch.float32 or not takes_cuda(x):
         return False
-    return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")
+    cudnn_rnn: Any = torch.backends.cudnn.rnn
+    return bool(cudnn_rnn.fp32_precision == "tf32")
 
 
 def _kernel_options(i: Inputs, o: Options, rows: Rows) -> tuple[Any, ...]:

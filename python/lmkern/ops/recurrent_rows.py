@@ -8,10 +8,11 @@ in its kernels instead (the classes at the end), because nothing may depend on d
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lmkern.ops.library import matmul
 from lmkern.ops.memory import fresh
@@ -212,6 +213,25 @@ class DeviceRows(Rows):
         return torch.where(starts, self.each_step(initial), before)
 
 
+_placed = WeakTensorKeyDictionary()  # batch_sizes: what _on_device made of them
+
+
+def _on_device(batch_sizes: Tensor, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the rows of each step begin, and the lengths of the rows of the batch.
+
+    Copied once for all layers and passes: after a warm-up, none is left for the capture of a CUDA graph.
+    """
+    key = (0 if batch_sizes.is_inference() else batch_sizes._version, batch, device)
+    known: tuple[Any, tuple[Tensor, Tensor]] | None = _placed.get(batch_sizes)
+    if known is None or known[0] != key:
+        rows = torch.arange(batch).unsqueeze(1)
+        offsets = batch_sizes.cumsum(0) - batch_sizes
+        both = torch.cat([offsets, (batch_sizes > rows).sum(1)]).to(device)
+        made: tuple[Tensor, Tensor] = both.split([batch_sizes.numel(), batch])
+        _placed[batch_sizes] = known = key, made
+    return known[1]
+
+
 class DevicePackedRows(PackedRows):
     """[N, ...] as in a PackedSequence, on a GPU. ``batch_sizes`` lies on the CPU, as torch has it."""
 
@@ -219,21 +239,21 @@ class DevicePackedRows(PackedRows):
         self, lead: torch.Size, batch: int, batch_sizes: Tensor, device: torch.device
     ) -> None:
         super().__init__(lead, batch, batch_sizes)
-        self.sizes, self.batch_sizes, self.device = batch_sizes, None, device
-        ends = self.sizes.cumsum(0)
-        rows = torch.arange(batch).unsqueeze(1)
-        both = torch.cat([ends - self.sizes, (self.sizes > rows).sum(1)]).to(
-            device, non_blocking=True
-        )
-        self.offsets, self.lengths = both.split([self.sizes.numel(), batch])
+        self.steps, self.batch_sizes = batch_sizes.numel(), None
+        self.offsets, self.lengths = _on_device(batch_sizes, batch, device)
 
     def _positions(self) -> tuple[Tensor, Tensor]:
         assert self.offsets is not None
-        sizes = self.sizes.to(self.device)
-        time = torch.repeat_interleave(
-            torch.arange(sizes.numel(), device=self.device), sizes, output_size=self.count
-        )
-        return time, torch.arange(self.count, device=self.device) - self.offsets[time]
+        place = torch.arange(self.count, device=self.offsets.device)
+        time = torch.searchsorted(self.offsets, place, right=True) - 1
+        return time, place - self.offsets[time]
+
+    def sum_steps(self, x: Tensor) -> Tensor:
+        # Not index_add_, whose atomics add in any order.
+        time, row = self._positions()
+        rectangle = x.new_zeros(self.steps * self.batch, x.shape[1])
+        rectangle.index_copy_(0, time * self.batch + row, x)
+        return rectangle.view(self.steps, self.batch, -1).sum(0)
 
     def previous(self, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
         assert self.offsets is not None and self.lengths is not None
@@ -242,7 +262,7 @@ class DevicePackedRows(PackedRows):
         time, row = self._positions()
         before = time + 1 if reverse else time - 1
         inner = (before >= 0) & (before < self.lengths[row])
-        source = self.offsets[before.clamp(0, self.sizes.numel() - 1)] + row
+        source = self.offsets[before.clamp(0, self.steps - 1)] + row
         return torch.cat([y, initial]).index_select(0, torch.where(inner, source, self.count + row))
 
 

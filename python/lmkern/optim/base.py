@@ -66,10 +66,15 @@ class RowOptimizer(Optimizer):
             closure: evaluates the model again and returns the loss, which is returned.
 
         Raises:
-            RuntimeError: a gradient of a kind that this optimizer cannot take.
+            RuntimeError: a gradient of a kind that this optimizer cannot take; a CUDA graph is captured.
         """
         if torch.compiler.is_compiling():
             return _uncompiled_step(self, closure)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}: step() cannot be captured in a CUDA graph, whose replays would "
+                "repeat its rates and its number"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
