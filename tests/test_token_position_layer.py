@@ -100,6 +100,7 @@ def test_sparse_gradient():
     assert torch.equal(ours.to_dense(), dense)
 
 
+@pytest.mark.cpu_only("the memory of gradients is kept on the CPU")
 def test_gradient_memory_is_kept():
     layer = TokenPositionEmbedding(4000, 32, 3)
     places = set()
