@@ -4,8 +4,10 @@
 //           the 8 warps divide the product (slice_product.h), then a thread takes (unit, row) pairs.
 // Traffic   a step: the block's rows of W_hh from shared memory (LSTM, H = 1024, bf16: 64 KiB at 128
 //           bytes a cycle, 0.3 us), the slice's h from the L2 cache once for each block of the group
-//           (B = 64: 128 blocks x 128 KiB, 3 us at 5.5 TB/s), x' in and y, gates out; one barrier, about
-//           1 us. Against it, cuDNN's persistent kernel takes 2 us a step at H = 768, B = 16.
+//           (B = 64: 128 blocks x 128 KiB, 3 us at 5.5 TB/s; its latency once if it fits in shared memory
+//           whole, else four chunks of it are under way at a time), x' in, before the barrier is waited
+//           for, and y, gates out; one barrier, about 1 us. Against it, cuDNN's persistent kernel takes
+//           2 us a step at H = 768, B = 16.
 // Limits    without norm and projection, where the weights fit (recurrent_persistent.h). h is rounded
 //           to the storage type for the product, as tensor cores take it; what a unit carries is not.
 #include "cuda/recurrent_persistent.h"
