@@ -196,6 +196,13 @@ def test_other_devices(kernels, device, path):
         check(Problem("lstm", torch.bfloat16, (2, 20, 3, 200), ("initial",)), torch.bfloat16)
 
 
+def test_an_operand_that_comes_in_many_chunks(kernels):
+    """13 of 64 values in backward: shared memory is left for four at a time."""
+    kernels.recurrent_begin_at("persistent")
+    kernels.set_device(60, 1, 72 << 10)
+    check(Problem("lstm", torch.float32, (2, 3, 3, 200), ("initial",)), torch.float32)
+
+
 @pytest.mark.parametrize("path", ["cluster", "persistent", "steps"])
 @pytest.mark.parametrize("batch", [3, 14, 27, 50])
 def test_tf32(kernels, path, batch, monkeypatch):
