@@ -214,6 +214,7 @@ class DeviceRows(Rows):
 
 
 _placed = WeakTensorKeyDictionary()  # batch_sizes: what _on_device made of them
+_of_graphs: list[Any] = []  # what CUDA graphs read in each replay, for as long as they live
 
 
 def _on_device(batch_sizes: Tensor, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -229,6 +230,8 @@ def _on_device(batch_sizes: Tensor, batch: int, device: torch.device) -> tuple[T
         both = torch.cat([offsets, (batch_sizes > rows).sum(1)]).to(device)
         made: tuple[Tensor, Tensor] = both.split([batch_sizes.numel(), batch])
         _placed[batch_sizes] = known = key, made
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _of_graphs.append(known[1])
     return known[1]
 
 
