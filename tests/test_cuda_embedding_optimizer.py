@@ -82,6 +82,14 @@ def test_all_rows(kernels, rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("D", [256, 257, 300, 777], ids=str)
+def test_rows_of_several_segments(kernels, rule, D):
+    """Without a debt several warps share a row."""
+    for rows in (torch.tensor([0, 0, 2]), None):
+        check(run(kernels, rule, torch.float32, 3, D, rows, owes=False), torch.float32)
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_same_bits_under_every_schedule(kernels, rule):
     rows = torch.tensor([1] * 20 + [2, 4])
     results = []

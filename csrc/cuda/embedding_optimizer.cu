@@ -1,8 +1,9 @@
 // Optimizer steps on rows (csrc/ops/embedding_optimizer.h). On a GPU rows are ascending, so that those
 // of one row of the weight follow each other; Python sorts where they do not.
 //
-// Parallel  a warp for each of the N gradients; that of the first of a run of equal rows sums the run and
-//           updates the row, the others have nothing to do. No atomics, one order of addition.
+// Parallel  a warp for each segment of each of the N gradients; that of the first of a run of equal rows sums
+//           the run and updates the row, the others have nothing to do. No atomics, one order of
+//           addition. Segments are whole rows where a row has something to be read and written once.
 // Traffic   as on the CPU: with n of the N distinct, (N + 2 n) D elements for sgd, (N + 4 n) D for adagrad,
 //           (N + 6 n) D for adam. Bound by memory bandwidth.
 // Limits    a run is read by one warp: a row with k gradients takes about k * 1 us / kInFlight at its end.
@@ -20,11 +21,13 @@ namespace lmkern::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kTurns = 2;  // pieces that a thread has of a segment
 
 template <class S>
 struct OptimizerRows {
   S* weight;
   std::int64_t stride, width, extent, count;
+  std::int64_t segments;     // of a row
   const std::int64_t* rows;  // null: gradient r is row r's
   const S* gradient;         // null: only decay
   double* touched;
@@ -135,7 +138,8 @@ template <class S, int kVec>
 LMKERN_DEVICE void load_piece(const OptimizerRows<S>& r, std::int64_t row, std::int64_t first,
                               std::int64_t end, std::int64_t column, RowPiece<S, kVec>& p) {
   using T = Accumulate<S>;
-  Piece<S, kVec> piece;
+  Piece<S, kVec> piece, weight;
+  weight.load(r.weight + row * r.stride + column);
   LMKERN_UNROLL
   for (int i = 0; i < kVec; ++i) p.gradient[i] = T(0);
   for (std::int64_t n = first; r.gradient != nullptr && n < end; ++n) {
@@ -143,9 +147,8 @@ LMKERN_DEVICE void load_piece(const OptimizerRows<S>& r, std::int64_t row, std::
     LMKERN_UNROLL
     for (int i = 0; i < kVec; ++i) p.gradient[i] += to_accumulate(piece.at[i]);
   }
-  piece.load(r.weight + row * r.stride + column);
   LMKERN_UNROLL
-  for (int i = 0; i < kVec; ++i) p.weight[i] = to_accumulate(piece.at[i]);
+  for (int i = 0; i < kVec; ++i) p.weight[i] = to_accumulate(weight.at[i]);
 }
 
 // registers: 128, spills: 0
@@ -153,14 +156,15 @@ template <class S, int kVec, class Rule>
 LMKERN_KERNEL(kThreads, 2)
 update_rows(OptimizerRows<S> r, Rule rule) {
   using T = Accumulate<S>;
-  const std::int64_t first = std::int64_t{block_x()} * kWarps + warp_index();
+  const RowThread warp = split_index(std::int64_t{block_x()} * kWarps + warp_index(), r.segments);
+  const std::int64_t first = warp.row;
   if (first >= r.count) return;
   const std::int64_t row = r.rows != nullptr ? r.rows[first] : first;
   std::int64_t end = first + 1;
   if (r.rows != nullptr) {
     if (first > 0 && r.rows[first - 1] == row) return;
     if (row < 0 || row >= r.extent) {
-      if (lane_index() == 0) r.errors.report(row, first);
+      if (lane_index() == 0 && warp.column == 0) r.errors.report(row, first);
       return;
     }
     while (end < r.count && r.rows[end] == row) ++end;
@@ -182,7 +186,9 @@ update_rows(OptimizerRows<S> r, Rule rule) {
     }
     rule.finish(row, squares, r.width);
   }
-  for (std::int64_t c = lane_index() * kVec; c < r.width; c += 32 * kVec) {
+  const std::int64_t size = r.segments == 1 ? r.width : 32 * kVec * kTurns;
+  const std::int64_t last = warp.column + 1 == r.segments ? r.width : (warp.column + 1) * size;
+  for (std::int64_t c = warp.column * size + lane_index() * kVec; c < last; c += 32 * kVec) {
     load_piece(r, row, first, end, c, p);
     rule.update(row * r.width + c, p);
     Piece<S, kVec> out;
@@ -199,22 +205,25 @@ void launch_rule(const char* op, const OptimizerTable& t, const Rule& rule,
   const std::int64_t extent = t.weight.shape[0], width = t.weight.shape[1];
   const std::int64_t count = t.rows.defined() ? t.rows.shape[0] : extent;
   if (count == 0 || width == 0) return;
+  // A row's sum of squares must not depend on how the weight lies in memory.
+  bool wide = !Rule::kWholeRow && is_wide<S>(width, {&t.weight, &t.gradient});
+  for (const TensorView* state : states)
+    wide = wide && reinterpret_cast<std::uintptr_t>(state->data) % 16 == 0;
+  const std::int64_t size = 32 * kTurns * (wide ? kWide<S> : 1);
+  const bool once = Rule::kWholeRow || t.touched.defined();
   const OptimizerRows<S> rows{
       t.weight.ptr<S>(),
       t.weight.strides[0],
       width,
       extent,
       count,
+      once ? 1 : (width + size - 1) / size,
       t.rows.ptr<const std::int64_t>(),
       t.gradient.ptr<const S>(),
       t.touched.ptr<double>(),
       t.decay,
       index_errors(op, t.rows.defined() ? t.rows : t.weight, extent, "rows")};
-  const Grid grid{.x = blocks_for(count, kWarps), .threads = kThreads};
-  // A row's sum of squares must not depend on how the weight lies in memory.
-  bool wide = !Rule::kWholeRow && is_wide<S>(width, {&t.weight, &t.gradient});
-  for (const TensorView* state : states)
-    wide = wide && reinterpret_cast<std::uintptr_t>(state->data) % 16 == 0;
+  const Grid grid{.x = blocks_for(count * rows.segments, kWarps), .threads = kThreads};
   if (wide)
     launch<update_rows<S, kWide<S>, Rule>>(grid, current_stream(), rows, rule);
   else

@@ -127,11 +127,16 @@ sum_runs(SortedRuns<S> r, Terms<S, kVec> terms) {
   for (std::int64_t i = first; i < stop; i += kInFlight) {
     typename Terms<S, kVec>::Term term[kInFlight];
     std::int32_t row[kInFlight];
+    std::int64_t n[kInFlight];  // read with the rows, not after them
     LMKERN_UNROLL
-    for (int k = 0; k < kInFlight; ++k) row[k] = i + k < stop ? r.rows[i + k] : -1;
+    for (int k = 0; k < kInFlight; ++k) {
+      const bool inside = i + k < stop;
+      row[k] = inside ? r.rows[i + k] : -1;
+      n[k] = inside ? r.order[i + k] : 0;
+    }
     LMKERN_UNROLL
     for (int k = 0; k < kInFlight; ++k)
-      if (i + k < stop && r.has_target(row[k])) term[k].load(terms, r.order[i + k], column);
+      if (i + k < stop && r.has_target(row[k])) term[k].load(terms, n[k], column);
     LMKERN_UNROLL
     for (int k = 0; k < kInFlight; ++k) {
       if (i + k >= stop) continue;
