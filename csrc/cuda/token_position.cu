@@ -50,10 +50,16 @@ add_rows(ForwardRows<S> r) {
   const Addends<S> addends = r.tables.at(n, place.l, thread == 0);
 
   T held[kHeld > 0 ? kHeld : 1][kVec];
+  Piece<S, kVec> tokens[kHeld > 0 ? kHeld : 1];  // all under way before the first is awaited
   LMKERN_UNROLL
   for (int i = 0; i < kHeld; ++i) {
     const std::int64_t column = (i * kRowThreads + thread) * kVec;
-    if (column < r.width) addends.load(column, held[i]);
+    if (column < r.width) tokens[i].load(addends.token + column);
+  }
+  LMKERN_UNROLL
+  for (int i = 0; i < kHeld; ++i) {
+    const std::int64_t column = (i * kRowThreads + thread) * kVec;
+    if (column < r.width) addends.add(column, tokens[i], held[i]);
   }
   const auto each = [&](const auto& f) {
     if constexpr (kHeld > 0) {

@@ -44,8 +44,14 @@ struct Addends {
 
   template <int kVec>
   LMKERN_DEVICE void load(std::int64_t column, T (&x)[kVec]) const {
-    Piece<S, kVec> t, p{}, s{};  // zeros where absent
+    Piece<S, kVec> t;
     t.load(token + column);
+    add(column, t, x);
+  }
+  // The same, of a token's piece that has been read: what comes from memory rather than from a cache.
+  template <int kVec>
+  LMKERN_DEVICE void add(std::int64_t column, const Piece<S, kVec>& t, T (&x)[kVec]) const {
+    Piece<S, kVec> p{}, s{};  // zeros where absent
     if (position != nullptr) p.load(position + column);
     if (segment != nullptr) s.load(segment + column);
     LMKERN_UNROLL

@@ -152,14 +152,17 @@ row_gradients(BackwardRows<S> r) {
       mean[j] = r.centred ? r.statistics[place[j].n] : T(0);
       rstd[j] = r.statistics[(r.centred ? r.blocks.rows : 0) + place[j].n];
     }
-    const auto load = [&](int j, std::int64_t column, GradientPiece<T, kVec>& p) {
+    Piece<S, kVec> d_out[kTogether], tokens[kTogether];
+    const auto read = [&](int j, std::int64_t column) {
+      d_out[j].load(r.d_out + place[j].n * r.width + column);
+      if (norm) tokens[j].load(addends[j].token + column);
+    };
+    const auto convert = [&](int j, std::int64_t column, GradientPiece<T, kVec>& p) {
       const std::int64_t flat = place[j].n * r.width + column;
-      Piece<S, kVec> piece;
-      piece.load(r.d_out + flat);
-      if (norm) addends[j].load(column, p.xhat);
+      if (norm) addends[j].add(column, tokens[j], p.xhat);
       LMKERN_UNROLL
       for (int i = 0; i < kVec; ++i) {
-        p.g[i] = to_accumulate(piece.at[i]);
+        p.g[i] = to_accumulate(d_out[j].at[i]);
         p.xhat[i] = norm ? (p.xhat[i] - mean[j]) * rstd[j] : T(0);
       }
       dropout.apply(flat, p.g);
@@ -174,8 +177,10 @@ row_gradients(BackwardRows<S> r) {
         T weight[kVec];
         r.weight.load(column, T(1), weight);
         LMKERN_UNROLL
+        for (int j = 0; j < kTogether; ++j) read(j, column);  // before the first is awaited
+        LMKERN_UNROLL
         for (int j = 0; j < kTogether; ++j) {
-          load(j, column, held[j]);
+          convert(j, column, held[j]);
           LMKERN_UNROLL
           for (int i = 0; i < kVec; ++i) {
             const T g = held[j].g[i] * weight[i];
@@ -202,7 +207,8 @@ row_gradients(BackwardRows<S> r) {
         if (k + j >= end) continue;
         GradientPiece<T, kVec>& p = held[j];
         if constexpr (!kOne) {
-          load(j, column, p);
+          read(j, column);
+          convert(j, column, p);
           weight_sum.read(column);
           bias_sum.read(column);
           position_sum.read(column);
