@@ -17,6 +17,36 @@ from lmkern.functional import token_position_embedding
 SIZES = [(50257, 768, 8, 1024), (30522, 384, 32, 128)]
 
 
+def functions(ids):
+    """Ours and torch's, of dropout_p, the tables of tokens and positions, and weight and bias of the norm."""
+
+    def ours(p, token, position, *affine):
+        norm = "layer" if affine else None
+        return token_position_embedding(ids, token, position, None, *affine, norm=norm, dropout_p=p)
+
+    def theirs(p, token, position, *affine):
+        x = F.embedding(ids, token) + position
+        if affine:
+            x = F.layer_norm(x, token.shape[1:], *affine)
+        return F.dropout(x, p) if p else x
+
+    return ours, theirs
+
+
+def trainer(f, p, start, d_out):
+    # Parameters of its own: a step that drops the peer's gradients would pay for freeing them.
+    parameters = [torch.nn.Parameter(t.clone()) for t in start]
+
+    def step():
+        for parameter in parameters:
+            parameter.grad = None
+        out = f(p, *parameters)
+        out.backward(d_out)
+        return [out.detach(), *(parameter.grad for parameter in parameters)]
+
+    return step
+
+
 @pytest.mark.parametrize("norm", ["layer", None])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_token_position(compare, threads, size, norm):
@@ -25,27 +55,10 @@ def test_token_position(compare, threads, size, norm):
     start = [torch.randn(V, D), torch.randn(L, D)]
     start += [torch.randn(D), torch.randn(D)] if norm else []
 
-    def ours(p, token, position, *affine):
-        return token_position_embedding(ids, token, position, None, *affine, norm=norm, dropout_p=p)
-
-    def theirs(p, token, position, *affine):
-        x = F.embedding(ids, token) + position
-        if affine:
-            x = F.layer_norm(x, (D,), *affine)
-        return F.dropout(x, p)
+    ours, theirs = functions(ids)
 
     def stepper(f, p=0.1):
-        # Parameters of its own: a step that drops the peer's gradients would pay for freeing them.
-        parameters = [torch.nn.Parameter(t.clone()) for t in start]
-
-        def step():
-            for parameter in parameters:
-                parameter.grad = None
-            out = f(p, *parameters)
-            out.backward(d_out)
-            return [out.detach(), *(parameter.grad for parameter in parameters)]
-
-        return step
+        return trainer(f, p, start, d_out)
 
     compiled = torch.compile(theirs, dynamic=False)
 

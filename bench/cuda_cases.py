@@ -18,8 +18,9 @@ import torch.nn.functional as F
 import lmkern
 from bench_embedding import zipf_ids
 from bench_recurrent import layer_flops
+from bench_token_position import functions, trainer
 from harness import Case, Run, assert_close, infer, train
-from lmkern.functional import embedding, embedding_bag, token_position_embedding
+from lmkern.functional import embedding, embedding_bag
 
 # Of recurrent layers; tf32: float32 whose products torch lets cuDNN, and us, round.
 PRECISIONS = {
@@ -305,30 +306,12 @@ def _position(
     start += [torch.randn(D, **made), torch.randn(D, **made)]
     d_out = torch.randn(B, L, D, **made)
 
-    def plain(p: float, token: torch.Tensor, position: torch.Tensor, *affine: Any) -> Any:
-        x = F.layer_norm(F.embedding(ids, token) + position, (D,), *affine)
-        return F.dropout(x, p) if p else x
-
-    def fused(p: float, token: torch.Tensor, position: torch.Tensor, *affine: Any) -> Any:
-        return token_position_embedding(
-            ids, token, position, None, *affine, norm="layer", dropout_p=p
-        )
+    fused, plain = functions(ids)
 
     def stepper(f: Callable[..., Any], p: float) -> Run:
-        # Parameters of its own: a step that drops the peer's gradients would pay for freeing them.
-        parameters = [torch.nn.Parameter(t.clone()) for t in start]
-
-        def step() -> list[torch.Tensor]:
-            if not training:
-                with torch.no_grad():
-                    return [f(0.0, *parameters)]
-            for parameter in parameters:
-                parameter.grad = None
-            out = f(p, *parameters)
-            out.backward(d_out)
-            return [out.detach(), *(parameter.grad for parameter in parameters)]
-
-        return step
+        if training:
+            return trainer(f, p, start, d_out)
+        return lambda: infer(lambda *parameters: [f(0.0, *parameters)], start)
 
     extra: dict[str, Any] = {}
     peers = {"torch": stepper(plain, 0.1)}
@@ -344,7 +327,8 @@ def _position(
         assert_close(stepper(fused, 0.0)(), stepper(plain, 0.0)(), TOLERANCE[dtype], "torch")
 
     distinct = ids.unique().numel()
-    moved = (4 * B * L + 3 * distinct if training else 2 * B * L) * D
+    # In training also the dense gradient of the tokens: zeros, and the rows that were looked up.
+    moved = (4 * B * L + 2 * distinct + V if training else 2 * B * L) * D
     return Case(
         f"{topic} V,D,B,L={size}",
         ours=stepper(fused, 0.1),

@@ -6,20 +6,18 @@ compared bit for bit."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 
 import pytest
 import torch
 
+from emulator_helpers import MODULES, SCHEDULES, emulated
 from lmkern import reference
 from lmkern.ops import embedding as ops
 from lmkern.ops import embedding_bag as bag_ops
 
 pytestmark = pytest.mark.cpu_only("the emulator has its own modules")
 
-SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2), ("random", 3)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WIDTHS = [1, 7, 59, 111, 128]
 NO_NORM = (math.inf, 2.0)
@@ -32,30 +30,15 @@ TOLERANCE = {
 }
 
 
-def emulated(name: str, monkeypatch):
-    """A module of the emulator, in the place of the kernels of a GPU."""
-    if importlib.util.find_spec(f"lmkern.{name}") is None:
-        pytest.skip("built without LMKERN_SIMT")
-    module = importlib.import_module(f"lmkern.{name}")
-    for user in (ops, bag_ops):
-        monkeypatch.setattr(user, "kernels_of", lambda tensor: module)
-        monkeypatch.setattr(user, "takes_cuda", lambda tensor: True)
-    assert module.take_index_error() is None
-    return module
-
-
-@pytest.fixture(params=["_C_simt", "_C_simt_race"])
+@pytest.fixture(params=MODULES)
 def kernels(request, monkeypatch):
-    module = emulated(request.param, monkeypatch)
-    yield module
-    module.set_schedule("fifo", 0)
-    assert module.take_index_error() is None
+    yield from emulated(request.param, monkeypatch, ops, bag_ops)
 
 
 @pytest.fixture
 def plain(monkeypatch):
     """Without the search for races, for what is larger."""
-    return emulated("_C_simt", monkeypatch)
+    yield from emulated("_C_simt", monkeypatch, ops, bag_ops)
 
 
 def whole(*shape, dtype=torch.float32):

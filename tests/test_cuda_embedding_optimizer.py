@@ -3,29 +3,21 @@ under every schedule."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import pytest
 import torch
 
+from emulator_helpers import MODULES, SCHEDULES, emulated
 from lmkern import reference
 
 pytestmark = pytest.mark.cpu_only("the emulator has its own modules")
 
-SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 RULES = ["sgd", "adagrad", "rowwise_adagrad", "adam"]
 
 
-@pytest.fixture(params=["_C_simt", "_C_simt_race"])
-def kernels(request):
-    if importlib.util.find_spec(f"lmkern.{request.param}") is None:
-        pytest.skip("built without LMKERN_SIMT")
-    module = importlib.import_module(f"lmkern.{request.param}")
-    yield module
-    module.set_schedule("fifo", 0)
-    module.take_index_error()
+@pytest.fixture(params=MODULES)
+def kernels(request, monkeypatch):
+    yield from emulated(request.param, monkeypatch)
 
 
 def state_of(rule, V, D, wide, generator):

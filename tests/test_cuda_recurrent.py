@@ -3,19 +3,16 @@ every schedule. (`--device simt` runs the layers' own tests on them.)"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import pytest
 import torch
 
+from emulator_helpers import MODULES, SCHEDULES, emulated
 from lmkern import _C, reference
 from lmkern.ops import recurrent_passes
 from lmkern.ops.recurrent import recurrence
 
 pytestmark = pytest.mark.cpu_only("the emulator has its own modules")
 
-SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2), ("random", 3)]
 # of ||ours - float64|| / ||float64||, the recurrence in between included
 TOLERANCE = {
     torch.float32: 2e-5,
@@ -25,19 +22,10 @@ TOLERANCE = {
 }
 
 
-@pytest.fixture(params=["_C_simt", "_C_simt_race"])
+@pytest.fixture(params=MODULES)
 def kernels(request, monkeypatch):
-    """A module of the emulator, in the place of the kernels of a GPU."""
-    if importlib.util.find_spec(f"lmkern.{request.param}") is None:
-        pytest.skip("built without LMKERN_SIMT")
-    module = importlib.import_module(f"lmkern.{request.param}")
-    monkeypatch.setattr(recurrent_passes, "kernels_of", lambda tensor: module)
-    monkeypatch.setattr(recurrent_passes, "takes_cuda", lambda tensor: True)
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    yield module
-    module.recurrent_begin_at("cluster")
-    module.set_schedule("fifo", 0)
-    module.set_device(8, 16, 227 << 10)
+    yield from emulated(request.param, monkeypatch, recurrent_passes)
 
 
 class Problem:
@@ -194,6 +182,18 @@ def test_other_devices(kernels, device, path):
             check(Problem(cell, dtype, (2, 9, 3, 24), ("initial", *options)), dtype)
     if not kernels.race_mode():
         check(Problem("lstm", torch.bfloat16, (2, 20, 3, 200), ("initial",)), torch.bfloat16)
+
+
+def test_packed_sequences_whose_sizes_change(kernels):
+    """What was made of batch_sizes for a GPU is made anew when they were written to."""
+    sizes = torch.tensor([4, 3, 3, 1, 1])
+    for lengths in ([5, 3, 3, 1], [5, 2, 2, 2], [3, 3, 3, 3]):
+        taking_part = torch.arange(5).unsqueeze(1) < torch.tensor(lengths)
+        sizes.resize_(max(lengths)).copy_(taking_part.sum(1)[: max(lengths)])
+        problem = Problem("lstm", torch.float32, (5, 4, 3, 9), ("initial", "mask"))
+        x = problem.inputs["x"].detach()[taking_part].requires_grad_()
+        problem.inputs["x"], problem.extra["batch_sizes"] = x, sizes
+        check(problem, torch.float32)
 
 
 def test_an_operand_that_comes_in_many_chunks(kernels):

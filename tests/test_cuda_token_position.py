@@ -4,8 +4,6 @@ CPU's kernels, in every mode and under every schedule. (`--device simt` runs the
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 from types import SimpleNamespace
 
@@ -13,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from emulator_helpers import MODULES, SCHEDULES, emulated, use
 from lmkern import _C
 from lmkern.ops import token_position as ops
 from oracle import relative_error
 
 pytestmark = pytest.mark.cpu_only("the emulator has its own modules")
 
-SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2), ("random", 3)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {
     torch.float32: 2e-6,
@@ -28,36 +26,17 @@ TOLERANCE = {
     torch.float16: 5e-4,
 }
 V, P, S = 23, 70, 3
-GRADIENTS = ("d_sum", "d_position", "d_weight", "d_bias")
 
 
-def emulated(name: str, monkeypatch):
-    """A module of the emulator, in the place of the kernels of a GPU."""
-    if importlib.util.find_spec(f"lmkern.{name}") is None:
-        pytest.skip("built without LMKERN_SIMT")
-    module = importlib.import_module(f"lmkern.{name}")
-    use(module, monkeypatch)
-    assert module.take_index_error() is None
-    return module
-
-
-def use(module, monkeypatch):
-    monkeypatch.setattr(ops, "kernels_of", lambda tensor: module)
-    monkeypatch.setattr(ops, "takes_cuda", lambda tensor: module is not _C)
-
-
-@pytest.fixture(params=["_C_simt", "_C_simt_race"])
+@pytest.fixture(params=MODULES)
 def kernels(request, monkeypatch):
-    module = emulated(request.param, monkeypatch)
-    yield module
-    module.set_schedule("fifo", 0)
-    assert module.take_index_error() is None
+    yield from emulated(request.param, monkeypatch, ops)
 
 
 @pytest.fixture
 def plain(monkeypatch):
     """Without the search for races, for what is larger."""
-    return emulated("_C_simt", monkeypatch)
+    yield from emulated("_C_simt", monkeypatch, ops)
 
 
 def problem(shape, width, dtype=torch.float32, norm="layer", p=0.3, index=torch.int64, **options):
@@ -252,9 +231,9 @@ def test_against_the_cpu(kernels, monkeypatch, norm, dtype):
     for width in (11, 40):
         a = problem((4, 6), width, dtype, norm)
         ours = run(a)
-        use(_C, monkeypatch)
+        use(_C, monkeypatch, ops)
         check(ours, run(a), dtype, factor=2)
-        use(kernels, monkeypatch)
+        use(kernels, monkeypatch, ops)
 
 
 def test_a_large_mean_costs_no_digits(kernels):

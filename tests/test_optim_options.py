@@ -235,3 +235,13 @@ def test_meta_parameters_step_without_values():
     optimizer = AdamW([table])
     optimizer.step()
     assert optimizer.state[table]["exp_avg"].is_meta
+
+
+def test_a_captured_step_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    weight = W.clone().requires_grad_()
+    weight.grad = torch.ones_like(W)
+    with pytest.raises(RuntimeError, match=r"^SGD: step\(\) cannot be captured in a CUDA graph"):
+        SGD([weight], lr=0.1).step()
+    assert torch.equal(weight, W)

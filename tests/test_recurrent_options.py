@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import lmkern
 from lmkern.functional import gru, lstm, rnn
 from recurrent_helpers import CELLS, GATES, call, weights
 
@@ -332,3 +333,14 @@ def test_bad_batch_sizes(sizes, error, match):
     gru(x[:, 0], *others, batch_sizes=torch.tensor([4, 3], device="cpu"))
     with pytest.raises(error, match=f"gru: batch_sizes {match}"):
         gru(x[:, 0], *others, batch_sizes=sizes)
+
+
+def test_lengths_are_checked_before_they_go_to_another_device():
+    """There nobody looks at their values."""
+    module = lmkern.nn.LSTM(I, H, device="meta")
+    x = torch.empty(T, B, I, device="meta")
+    module(x, lengths=[1, 2, 3, 5])
+    with pytest.raises(
+        ValueError, match=r"^LSTM: lengths must be between 0 and T = 5, got 1 to 6$"
+    ):
+        module(x, lengths=[1, 2, 3, 6])
