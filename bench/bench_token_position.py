@@ -18,7 +18,7 @@ SIZES = [(50257, 768, 8, 1024), (30522, 384, 32, 128)]
 
 
 def functions(ids):
-    """Ours and torch's, of dropout_p, the tables of tokens and positions, and weight and bias of the norm."""
+    """Ours and torch's, of dropout_p, the tables of tokens and positions, and the norm's parameters."""
 
     def ours(p, token, position, *affine):
         norm = "layer" if affine else None

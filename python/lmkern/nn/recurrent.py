@@ -63,8 +63,9 @@ class LSTM(RNNBase):
           output: [T, B, directions * H].
 
     Note:
-        On a GPU the float32 products with W_hh and W_hr follow ``torch.backends.cudnn.rnn.fp32_precision``, as
-        torch's layers do there: ``"tf32"``, the default, rounds their operands to 10 bits of mantissa.
+        On a GPU the float32 products with W_hh and W_hr follow
+        ``torch.backends.cudnn.rnn.fp32_precision``, as torch's layers do there: ``"tf32"``, the
+        default, rounds their operands to 10 bits of mantissa.
 
     Raises:
         ValueError, TypeError: an input or state that does not fit, naming expected and actual.
